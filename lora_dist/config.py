@@ -1,0 +1,275 @@
+"""The one declaration of every training option: name, type, default, help line and check.
+
+Names follow transformers' `TrainingArguments` and peft's `LoraConfig` where they have one. Read by `cli/options.py` (defaults <
+YAML < dotted command line) and by `engine/setup.py`, which hands plain values on: no room below sees these classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _positive(section: str, obj: object, *names: str) -> Iterator[str]:
+    for name in names:
+        value = getattr(obj, name)
+        if value is not None and value <= 0:
+            yield f"{section}.{name}: found {value}, expected a number above 0"
+
+
+def _fraction(section: str, obj: object, *names: str) -> Iterator[str]:
+    for name in names:
+        value = getattr(obj, name)
+        if not 0 <= value < 1:
+            yield f"{section}.{name}: found {value}, expected a number from 0 up to but not including 1"
+
+
+@dataclass
+class ModelArgs:
+    """The frozen, block-pruned base."""
+
+    name_or_path: str = ""
+    """Directory (or hub name) of the pruned base model, in Hugging Face format."""
+    config_name: str | None = None
+    """Where to take config and tokenizer from if the model directory has none of its own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision the frozen base is held and computed in; auto: what train.bf16 / train.fp16 say, else float32."""
+    attn_implementation: str | None = None
+    """Attention kernel, as transformers names it: eager, sdpa, flash_attention_2."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model directory."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.name_or_path:
+            yield "model.name_or_path: found nothing, expected the directory of a pruned model"
+
+
+@dataclass
+class AdapterArgs:
+    """The LoRA that is trained."""
+
+    r: int = 8
+    """Rank."""
+    lora_alpha: float = 16
+    """Scale: the update is multiplied by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
+    lora_dropout: float = 0.05
+    """Dropout on the adapter's input."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linears that get an adapter, or all-linear."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r)."""
+    mask: Literal["auto", "block", "element", "none"] = "auto"
+    """What the update respects: block (16x16 tiles; refused on a base without them), element, none (plain LoRA), auto (what the base has)."""
+    block: int = 16
+    """Side of a tile, where the pattern has to be found in the weights."""
+    form: Literal["auto", "factorised", "dense"] = "auto"
+    """How the masked update is computed; both are exact, auto picks the cheaper."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _positive("adapter", self, "r", "lora_alpha", "block")
+        yield from _fraction("adapter", self, "lora_dropout")
+        if not self.target_modules:
+            yield "adapter.target_modules: found an empty list, expected module names or all-linear"
+
+
+@dataclass
+class DataArgs:
+    """The text that is trained and evaluated on."""
+
+    dataset_name: str = ""
+    """Hub name, local directory, or local files (comma-separated .txt .json .jsonl .csv .parquet)."""
+    dataset_config_name: str | None = None
+    """Configuration of a hub data set, such as wikitext-2-raw-v1."""
+    validation_file: str | None = None
+    """Local files to evaluate on, where the data set has no validation split of its own."""
+    text_column: str = "text"
+    """Column that holds the text in JSON, CSV and parquet."""
+    document_separator: str | None = None
+    """Text that separates documents inside .txt files, such as <|endoftext|>; without one, a file is running text."""
+    special_tokens: Literal["auto", "bos", "eos", "both", "none"] = "auto"
+    """Special tokens put around each document; auto: what the tokenizer itself adds."""
+    block_size: int = 1024
+    """Context length in tokens: text is packed into windows of this many (the pruning tile is adapter.block)."""
+    max_train_samples: int | None = None
+    """Use at most this many windows for training."""
+    max_eval_samples: int | None = None
+    """Use at most this many windows for evaluation."""
+    holdout_windows: int = 128
+    """Windows held out at random for evaluation where there is no validation split."""
+    preprocessing_num_workers: int | None = None
+    """Processes that tokenise; default: the cores, 8 at most."""
+    dataloader_num_workers: int = 0
+    """Processes that load batches ahead of the step; windows are read from a memory map, so 0 is usually enough."""
+    cache_dir: str | None = None
+    """Where tokenised text is kept; default: lora_dist/ in the Hugging Face cache."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.dataset_name:
+            yield "data.dataset_name: found nothing, expected a hub name, a directory or files"
+        yield from _positive("data", self, "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "holdout_windows")
+        if self.block_size < 2:
+            yield f"data.block_size: found {self.block_size}, expected a context of 2 tokens or more"
+        if self.dataloader_num_workers < 0:
+            yield f"data.dataloader_num_workers: found {self.dataloader_num_workers}, expected 0 or more"
+
+
+@dataclass
+class TrainArgs:
+    """Optimisation, evaluation, logging and checkpoints."""
+
+    output_dir: str = ""
+    """Run folder: final adapter, checkpoints, train.log, metrics.jsonl."""
+    overwrite_output_dir: bool = False
+    """Move an older run in output_dir aside (never deleted) and start anew."""
+    resume_from_checkpoint: str | None = None
+    """Checkpoint folder to go on from, or auto: the newest in output_dir that verifies (none there: start anew)."""
+    num_train_epochs: float = 1.0
+    """Passes over the training windows."""
+    max_steps: int = -1
+    """If above 0, optimizer steps in all, instead of num_train_epochs."""
+    per_device_train_batch_size: int = 1
+    """Windows a process holds at once in training."""
+    per_device_eval_batch_size: int = 8
+    """Windows a process holds at once in evaluation."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches a process sums into one optimizer step."""
+    dataloader_drop_last: bool = False
+    """Leave out the incomplete step at the end of an epoch."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW beta1."""
+    adam_beta2: float = 0.999
+    """AdamW beta2."""
+    adam_epsilon: float = 1e-8
+    """AdamW epsilon."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's global norm to this; 0 turns clipping off."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning-rate schedule after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    warmup_ratio: float = 0.0
+    """Warm-up as a share of all steps, used where warmup_steps is 0."""
+    seed: int = 42
+    """Seed of adapter initialisation, data order and dropout."""
+    bf16: bool = False
+    """Compute in bfloat16; adapter, gradients' sum and optimizer stay float32."""
+    fp16: bool = False
+    """Compute in float16 with a dynamic loss scale."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    logging_steps: int = 10
+    """Log the mean loss every so many steps."""
+    logging_first_step: bool = True
+    """Log step 1 as well."""
+    eval_strategy: Literal["steps", "epoch", "no"] = "steps"
+    """When to evaluate."""
+    eval_steps: int = 200
+    """Evaluate every so many steps (eval_strategy steps)."""
+    eval_on_start: bool = True
+    """Evaluate the pruned model before the first step."""
+    save_strategy: Literal["steps", "epoch", "no"] = "steps"
+    """When to write checkpoints; a new best evaluation and the last step are always written, except with no."""
+    save_steps: int = 500
+    """Write a checkpoint every so many steps (save_strategy steps)."""
+    save_total_limit: int | None = 3
+    """Checkpoints kept, 2 or more; the newest and the best are never removed."""
+    load_best_model_at_end: bool = True
+    """Go back to the best evaluated adapter after the last step."""
+    metric_for_best_model: Literal["eval_loss", "perplexity"] = "eval_loss"
+    """Lower is better; both rank alike."""
+    early_stopping_patience: int | None = None
+    """Stop after so many evaluations without a better one."""
+    early_stopping_threshold: float = 0.0
+    """Improvement in eval loss that counts as better."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.output_dir:
+            yield "train.output_dir: found nothing, expected the run's folder"
+        yield from _positive(
+            "train", self, "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+            "gradient_accumulation_steps", "learning_rate", "logging_steps", "eval_steps", "save_steps", "early_stopping_patience",
+            "adam_epsilon",
+        )  # fmt: skip
+        yield from _fraction("train", self, "warmup_ratio", "adam_beta1", "adam_beta2")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "early_stopping_threshold"):
+            if getattr(self, name) < 0:
+                yield f"train.{name}: found {getattr(self, name)}, expected 0 or more"
+        if self.bf16 and self.fp16:
+            yield "train.bf16, train.fp16: found both true, expected one at most"
+        if self.save_total_limit is not None and self.save_total_limit < 2:
+            yield f"train.save_total_limit: found {self.save_total_limit}, expected 2 or more (the newest and one to fall back on)"
+        if self.eval_strategy == "no":
+            if self.early_stopping_patience is not None:
+                yield "train.early_stopping_patience: needs evaluations, but train.eval_strategy is no"
+        if self.save_strategy == "no" and self.load_best_model_at_end and self.eval_strategy != "no":
+            yield "train.load_best_model_at_end: needs checkpoints, but train.save_strategy is no (set one of the two)"
+
+
+@dataclass
+class GuardArgs:
+    """What watches that base and pattern stay what they were."""
+
+    every: int = 100
+    """Check pruned tiles and a sample of kept chunks every so many steps; the whole base is checked at start and end."""
+    sample_chunks: int = 8
+    """Kept chunks compared with their digests at each check, rotating through the base."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _positive("guard", self, "every", "sample_chunks")
+
+
+@dataclass
+class ParallelArgs:
+    """How the run is spread over processes."""
+
+    strategy: Literal["ddp"] = "ddp"
+    """ddp: the base on every process, gradients summed once a step."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collectives: nccl on GPUs, gloo on CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: GPUs if there are any."""
+    timeout_s: float = 1800.0
+    """How long a collective waits for the other processes."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _positive("parallel", self, "timeout_s")
+
+
+@dataclass
+class TrackerArgs:
+    """Where curves go besides the console, train.log and metrics.jsonl."""
+
+    report_to: list[Literal["wandb"]] = field(default_factory=list)
+    """Trackers; wandb needs the extra lora-dist[trackers]."""
+    wandb_project: str = "lora_dist"
+    """Project of the wandb run."""
+    run_name: str | None = None
+    """Name of the tracker's run; default: the name of the run folder."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """offline writes a folder that `wandb sync` uploads later; default: what wandb's own settings say."""
+
+    def problems(self) -> Iterator[str]:
+        return iter(())
+
+
+@dataclass
+class RunConfig:
+    """All options of `lora-dist train`."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    adapter: AdapterArgs = field(default_factory=AdapterArgs)
+    data: DataArgs = field(default_factory=DataArgs)
+    train: TrainArgs = field(default_factory=TrainArgs)
+    guard: GuardArgs = field(default_factory=GuardArgs)
+    parallel: ParallelArgs = field(default_factory=ParallelArgs)
+    tracker: TrackerArgs = field(default_factory=TrackerArgs)
+
+    def problems(self) -> list[str]:
+        """Every value that is out of range or contradicts another, one line each: found, expected, key."""
+        return [line for f in dataclasses.fields(self) for line in getattr(self, f.name).problems()]

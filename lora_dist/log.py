@@ -1,0 +1,29 @@
+"""What every room may say: the one error type that users meet, and the package logger.
+
+A `UserError` is a mistake a user can mend: a missing file, a wrong key, a base that changed. It carries lines that say what was
+found, what was expected and which key to change; the command prints them on stderr and exits with 2. Everything else is a bug
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+logger = logging.getLogger("lora_dist")
+
+
+class UserError(ValueError):
+    """A problem the user can mend. `str(error)` is one line a problem.
+
+    Args:
+        problems: one line, or several problems that are reported together.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class GuardError(UserError):
+    """The base or its pattern is not what it was; nothing was written. Raised by the guard only."""

@@ -1,0 +1,76 @@
+"""What a run must remember to go on as if it had never stopped: `TrainState`, the content of a checkpoint's `state.json`.
+
+Plain numbers and strings only. Written by `engine/checkpoint.py`, read and advanced by `engine/loop.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+STATE_VERSION = 1
+
+
+@dataclass
+class TrainState:
+    """Progress of a run, after a whole number of optimizer steps.
+
+    Randomness is counted, not carried: data order and dropout follow from `seed` and `cursor`, so there is no generator state.
+    """
+
+    version: int = STATE_VERSION
+    step: int = 0
+    """optimizer steps done, skipped ones (fp16 overflow) included"""
+    cursor: int = 0
+    """samples consumed since the run began, over all epochs and ranks"""
+    tokens: int = 0
+    """label tokens trained on, all ranks"""
+    seed: int = 0
+    num_samples: int = 0
+    """samples in one epoch; with `data_digest`, what the cursor counts in"""
+    data_digest: str = ""
+    train_time_s: float = 0.0
+    """wall time spent in the loop, earlier attempts included"""
+    loss_window_sum: float = 0.0
+    """sum of the step losses since the last logged step"""
+    loss_window_steps: int = 0
+    last_train_loss: float | None = None
+    first_eval_loss: float | None = None
+    """of the pruned model, at step 0"""
+    last_eval_loss: float | None = None
+    last_eval_step: int = -1
+    best_metric: float | None = None
+    best_step: int = -1
+    evals_without_improvement: int = 0
+    loss_scale: float | None = None
+    """fp16 only"""
+    loss_scale_good_steps: int = 0
+    skipped_steps: int = 0
+    """fp16 overflows"""
+    tracker_run_id: str | None = None
+    completed: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+    """room for later versions"""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> TrainState:
+        """Rebuild from `state.json`; keys of a later minor version are kept in `extra`.
+
+        Raises:
+            ValueError: if the version is newer than this code reads.
+        """
+        version = data.get("version", 0)
+        if version > STATE_VERSION:
+            raise ValueError(
+                f"state.json has version {version}, this lora_dist reads up to {STATE_VERSION}: update lora_dist"
+            )
+        names = {f.name for f in dataclasses.fields(cls)}
+        known = {k: v for k, v in data.items() if k in names}
+        unknown = {k: v for k, v in data.items() if k not in names}
+        state = cls(**known)
+        state.extra = {**state.extra, **unknown}
+        return state
