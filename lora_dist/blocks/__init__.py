@@ -1,0 +1,26 @@
+"""Block masks, the pattern of a model, and the guard. Torch and safetensors only."""
+
+from lora_dist.blocks.fingerprint import Fingerprint
+from lora_dist.blocks.guard import Guard
+from lora_dist.blocks.linear import NamedLinear, find_linears, is_transposed
+from lora_dist.blocks.mask import BlockMask, ElementMask, Mask, grid, pack_bits, tiles_any, unpack_bits
+from lora_dist.blocks.pattern import MASK_FILE, LayerStats, Pattern, detect_pattern
+
+__all__ = [
+    "MASK_FILE",
+    "BlockMask",
+    "ElementMask",
+    "Fingerprint",
+    "Guard",
+    "LayerStats",
+    "Mask",
+    "NamedLinear",
+    "Pattern",
+    "detect_pattern",
+    "find_linears",
+    "grid",
+    "is_transposed",
+    "pack_bits",
+    "tiles_any",
+    "unpack_bits",
+]
