@@ -1,0 +1,40 @@
+"""Block-masked LoRA as a PEFT method. Importing this package makes PEFT know the adapter type `BLOCK_LORA`."""
+
+from lora_dist.adapter.attach import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    adapter_tensors,
+    attach_adapter,
+    is_masked,
+    load_adapter,
+    load_adapter_tensors,
+    merge_adapter,
+    read_adapter_config,
+    save_adapter,
+    update_outside_mask,
+)
+from lora_dist.adapter.config import PEFT_TYPE, BlockLoraConfig, BlockLoraModel, register
+from lora_dist.adapter.layer import BlockLoraLinear
+from lora_dist.adapter.product import masked_delta, masked_product
+
+register()
+
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_FILE",
+    "PEFT_TYPE",
+    "BlockLoraConfig",
+    "BlockLoraLinear",
+    "BlockLoraModel",
+    "adapter_tensors",
+    "attach_adapter",
+    "is_masked",
+    "load_adapter",
+    "load_adapter_tensors",
+    "masked_delta",
+    "masked_product",
+    "merge_adapter",
+    "read_adapter_config",
+    "save_adapter",
+    "update_outside_mask",
+]

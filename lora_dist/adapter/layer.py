@@ -1,0 +1,106 @@
+"""Block-masked LoRA as a PEFT layer: `lora.Linear` whose update is exactly zero where the base is pruned.
+
+`dW = s (BA) * (mask (x) 1_bxb)`. PEFT does the rest: names, saving, merging (`get_delta_weight`), several adapters on one layer.
+A layer whose mask keeps everything, or that is not in the pattern, computes plain LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+from lora_dist.adapter.product import masked_delta, masked_product
+from lora_dist.blocks import BlockMask, Mask, is_transposed
+
+
+def factorised_is_cheaper(shape: tuple[int, int], block: int, rank: int, dtype: torch.dtype, device_type: str) -> bool:
+    """Choose the form by a modelled cost, in multiply-adds a token of one dense product.
+
+    Factorised: `R (I + PQ + O)` a token, but in small products that reach a fraction of the speed of a large one, and layout
+    copies that cost like arithmetic. Dense: one `O I` product a token each for output, input gradient and weight gradient.
+    The factors are what `scripts/bench_layer.py` showed (docs/log.md).
+    """
+    O, I = shape
+    small_product_penalty = 24.0 if dtype != torch.float32 and device_type == "cpu" else 8.0
+    P, Q = -(-O // block), -(-I // block)
+    return small_product_penalty * rank * (I + P * Q + O) < 3.0 * O * I
+
+
+class BlockLoraLinear(LoraLinear):
+    """LoRA on `nn.Linear` or `Conv1D` whose update respects a mask. Built by PEFT from a `BlockLoraConfig`."""
+
+    adapter_layer_names = LoraLinear.adapter_layer_names
+    other_param_names = (*LoraLinear.other_param_names, "lora_kept")
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        kwargs["is_target_conv_1d_layer"] = bool(is_transposed(getattr(base_layer, "base_layer", base_layer)))
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        self.fan_in_fan_out = self.is_target_conv_1d_layer
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """Add an adapter; its mask comes from the config's pattern, under this layer's name."""
+        if not hasattr(self, "lora_kept"):
+            self.lora_kept = BufferDict({}, persistent=False)
+            self.lora_mask: dict[str, Mask | None] = {}
+            self.lora_form: dict[str, str] = {}
+        name = kwargs["target_name"]
+        mask = config.pattern.get(name)
+        if mask is not None and mask.shape != (self.out_features, self.in_features):
+            raise ValueError(
+                f"layer {name}: the pattern's mask is of shape {mask.shape}, the weight of {(self.out_features, self.in_features)}"
+            )
+        self.lora_mask[adapter_name] = None if mask is None or mask.keeps_all else mask
+        self.lora_form[adapter_name] = config.form
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
+        if mask is not None and not mask.keeps_all:
+            device = self.lora_A[adapter_name].weight.device
+            kept = mask.kept_PQ if isinstance(mask, BlockMask) else mask.bits
+            self.lora_kept[adapter_name] = kept.to(device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.lora_mask.pop(adapter_name, None)
+        self.lora_form.pop(adapter_name, None)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """s * mask . BA as the base stores its weight ((O, I), or (I, O) for `Conv1D`), computed in float32."""
+        mask = self.lora_mask[adapter]
+        if mask is None:
+            return super().get_delta_weight(adapter)
+        A_RI, B_OR = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        delta_OI = masked_delta(A_RI.float(), B_OR.float(), self.lora_kept[adapter], mask.block, self.scaling[adapter])
+        return delta_OI.T if self.fan_in_fan_out else delta_OI
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: mixed batches would bypass the mask; run each adapter's rows as a batch of its own")
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                result = result + self._update(adapter, x.to(dtype))
+        return result.to(dtype)
+
+    def _update(self, adapter: str, x: Tensor) -> Tensor:
+        """The adapter's share of the output, in x's dtype."""
+        A_RI, B_OR = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        x, mask, scale = self.lora_dropout[adapter](x), self.lora_mask[adapter], self.scaling[adapter]
+        if mask is None:
+            with torch.autocast(x.device.type, enabled=False):
+                return nn.functional.linear(nn.functional.linear(x, A_RI.to(x.dtype)), B_OR.to(x.dtype)) * scale
+        form = self.lora_form[adapter]
+        if form == "auto":
+            block_mask = isinstance(mask, BlockMask)
+            cheaper = block_mask and factorised_is_cheaper(mask.shape, mask.block, self.r[adapter], x.dtype, x.device.type)
+            form = "factorised" if cheaper else "dense"
+        kept = self.lora_kept[adapter]
+        return masked_product(x, A_RI, B_OR, kept, mask.block, scale, factorised=form == "factorised")
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("lora.", "lora_dist.", 1)
