@@ -1,0 +1,21 @@
+"""Causal language-model loss, summed: whoever calls divides by the label tokens of the whole optimizer step (design section 6)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100
+"""label of a token that does not count"""
+
+
+def causal_loss_sum(model: nn.Module, input_ids_BL: Tensor, labels_BL: Tensor) -> Tensor:
+    """Cross-entropy summed over label tokens, float32 scalar.
+
+    Args:
+        input_ids_BL: token ids.
+        labels_BL: the same ids, -100 where a token does not count; shifted here, so the first column never counts.
+    """
+    logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
+    targets = labels_BL[:, 1:].reshape(-1)
+    return F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")

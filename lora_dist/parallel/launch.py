@@ -1,0 +1,126 @@
+"""Where a process stands among the others, and the few collectives that rooms above need.
+
+Reads the rank variables that `torchrun`, `accelerate launch` and `deepspeed` set. Every method marked "collective" must be called
+by all ranks; each waits for the others.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lora_dist.log import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size` processes. One process: no process group, and the collectives are the identity."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Collective."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Collective: element-wise sum over ranks, in float64. Waits for the device."""
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Collective: whether the flag is set on any rank."""
+        return self.sum([float(flag)])[0] > 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Collective: rank 0's value (picklable) on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Collective: the body runs on rank 0 first, then on the others; a failure on rank 0 is raised on all ranks."""
+        if self.size == 1:
+            yield
+            return
+        if not self.is_main:
+            problem = self.broadcast(None)
+            if problem:
+                raise UserError(problem)
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            self.broadcast(f"rank 0 failed: {error}")
+            raise
+        self.broadcast(None)
+
+
+def is_main_process() -> bool:
+    """Whether this process is rank 0, before any process group exists (who prints)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("parallel.device: found cuda, but torch sees no GPU (install a CUDA build of torch, or set cpu)")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"parallel.device: local rank {local_rank} has no GPU of its own, found {count}: start at most {count} a machine")
+    return torch.device("cuda", local_rank)
+
+
+def init_world(*, backend: str = "auto", device: str = "auto", timeout_s: float = 1800.0) -> World:
+    """Join the other processes, if a launcher started several.
+
+    Args:
+        backend: gloo, nccl or auto (nccl on GPUs, else gloo).
+        device: cpu, cuda or auto.
+        timeout_s: how long a collective waits.
+
+    Raises:
+        UserError: a device or backend that this machine does not have.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    where = _device(device, local_rank)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if size > 1:
+        backend = ("nccl" if where.type == "cuda" else "gloo") if backend == "auto" else backend
+        if backend == "nccl" and where.type != "cuda":
+            raise UserError("parallel.backend: found nccl on CPU, expected gloo (or parallel.device cuda)")
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+    return World(rank, size, local_rank, local_size, where)
+
+
+def close_world() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
