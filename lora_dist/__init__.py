@@ -1,0 +1,89 @@
+"""Bring block-pruned language models back with LoRA, every pruned tile still exactly zero.
+
+    from lora_dist import attach_block_lora, GuardCallback, Guard, Pattern, BlockLoraConfig, load_adapter
+
+`import lora_dist` is enough for `PeftModel.from_pretrained(base, folder)` to understand masked adapters, and costs next to nothing:
+names are loaded when first used, and PEFT (seconds to import) is told of the adapter type when, and only if, it is imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_dist.adapter import BlockLoraConfig, load_adapter, merge_adapter
+    from lora_dist.blocks import BlockMask, ElementMask, Guard, Pattern
+    from lora_dist.engine.library import GuardCallback, attach_block_lora
+    from lora_dist.log import GuardError, UserError
+
+_HOME = {
+    "BlockLoraConfig": "lora_dist.adapter",
+    "BlockMask": "lora_dist.blocks",
+    "ElementMask": "lora_dist.blocks",
+    "Guard": "lora_dist.blocks",
+    "GuardCallback": "lora_dist.engine.library",
+    "GuardError": "lora_dist.log",
+    "Pattern": "lora_dist.blocks",
+    "UserError": "lora_dist.log",
+    "attach_block_lora": "lora_dist.engine.library",
+    "load_adapter": "lora_dist.adapter",
+    "merge_adapter": "lora_dist.adapter",
+}
+
+__all__ = [
+    "BlockLoraConfig",
+    "BlockMask",
+    "ElementMask",
+    "Guard",
+    "GuardCallback",
+    "GuardError",
+    "Pattern",
+    "UserError",
+    "attach_block_lora",
+    "load_adapter",
+    "merge_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module lora_dist has no attribute {name}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+class _TellPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports `peft` as usual, then `lora_dist.adapter`, whose import registers the adapter type."""
+
+    def __init__(self) -> None:
+        self._loader: importlib.abc.Loader | None = None
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != "peft":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        assert self._loader is not None
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert self._loader is not None and module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        importlib.import_module("lora_dist.adapter")
+
+
+if "peft" in sys.modules:
+    importlib.import_module("lora_dist.adapter")
+else:
+    sys.meta_path.insert(0, _TellPeft())

@@ -24,6 +24,9 @@ class UserError(ValueError):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
+        return type(self), (self.problems,)  # travels between processes, whatever its class
+
 
 class GuardError(UserError):
     """The base or its pattern is not what it was; nothing was written. Raised by the guard only."""

@@ -7,16 +7,18 @@ by all ranks; each waits for the others.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lora_dist.log import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,41 @@ class World:
         dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
         return box[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Collective: run `work` on rank 0 only; its result (picklable) is returned on every rank.
+
+        Raises:
+            UserError: on every rank, if rank 0 raised one; the others would wait for ever otherwise.
+        """
+        if self.size == 1:
+            return work()
+        outcome: tuple[T | None, UserError | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except UserError as error:
+                outcome = (None, error)
+        result, problem = self.broadcast(outcome)
+        if problem is not None:
+            raise problem
+        return result
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Collective: the body runs on rank 0 first, then on the others; a failure on rank 0 is raised on all ranks."""
+        """Collective: the body runs on rank 0 first, then on the others; a `UserError` on rank 0 is raised on all."""
         if self.size == 1:
             yield
             return
         if not self.is_main:
             problem = self.broadcast(None)
-            if problem:
-                raise UserError(problem)
+            if problem is not None:
+                raise problem
             yield
             return
         try:
             yield
-        except Exception as error:
-            self.broadcast(f"rank 0 failed: {error}")
+        except UserError as error:
+            self.broadcast(error)
             raise
         self.broadcast(None)
 

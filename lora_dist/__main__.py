@@ -1,0 +1,70 @@
+"""The command `lora-dist VERB ...`: a table of verbs, each a module that is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+VERBS = {
+    "prune": "zero the least important tiles of a model",
+    "train": "train a LoRA that keeps the pruned tiles zero; resume, evaluate, save",
+    "eval": "loss and perplexity of a model, with or without an adapter",
+    "merge": "add an adapter to its base, every pruned tile still exactly zero",
+    "generate": "continue a prompt",
+    "inspect": "show a model's or adapter's pattern, layer by layer, and what is wrong with it",
+}
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  {name:<10}{text}" for name, text in VERBS.items())
+    return f"usage: lora-dist VERB ...   (lora-dist VERB --help for its options)\n\nverbs:\n{rows}\n\n  --version"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Exit codes: 0 done, 1 failed, 2 bad input (one line a problem on stderr), 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("lora_dist"))
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        import difflib
+
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f", did you mean {near[0]}?" if near else f", expected one of {', '.join(VERBS)}"
+        print(f"lora-dist: unknown verb {verb}{hint}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"lora_dist.cli.{verb}")
+    return run_reporting(f"lora-dist {verb}", lambda: module.main(rest))
+
+
+def run_reporting(name: str, work: Callable[[], int]) -> int:
+    """Run a command's work; a `UserError` becomes one line a problem on stderr, from rank 0 only."""
+    from lora_dist.log import UserError
+    from lora_dist.parallel import is_main_process
+
+    try:
+        return work()
+    except UserError as error:
+        if is_main_process():
+            for problem in error.problems:
+                print(f"{name}: {problem}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(f"{name}: interrupted; a run goes on from its last checkpoint with --resume auto", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    sys.exit(main())

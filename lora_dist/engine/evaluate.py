@@ -1,0 +1,127 @@
+"""Perplexity of a model directory, with or without an adapter, on any text; alone or under torchrun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lora_dist.data.loader import eval_batches
+from lora_dist.data.sources import TextSource
+from lora_dist.data.text import load_windows
+from lora_dist.engine.open_model import open_model
+from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
+from lora_dist.log import UserError
+from lora_dist.parallel import World
+
+
+@dataclass
+class EvalArgs:
+    """Loss and perplexity of a model on text, token-weighted over windows of the context length."""
+
+    model: str = ""
+    """Directory (or hub name) of the model."""
+    adapter: str | None = None
+    """Adapter folder to put on it."""
+    dataset_name: str = "wikitext"
+    """Hub name, local directory, or local files (comma-separated)."""
+    dataset_config_name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "test"
+    """Split to evaluate; single files are one split, whatever its name."""
+    text_column: str = "text"
+    """Column that holds the text in JSON, CSV and parquet."""
+    document_separator: str | None = None
+    """Text that separates documents inside .txt files."""
+    special_tokens: Literal["auto", "bos", "eos", "both", "none"] = "auto"
+    """Special tokens put around each document."""
+    block_size: int | None = None
+    """Context length in tokens; default: the model's, 2048 at most."""
+    max_samples: int | None = None
+    """Use at most this many windows."""
+    batch_size: int = 8
+    """Windows a process holds at once."""
+    config_name: str | None = None
+    """Where to take config and tokenizer from if the model has none of its own."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision to compute in; auto: as stored."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: GPUs if there are any."""
+    cache_dir: str | None = None
+    """Where tokenised text is kept."""
+    output: str | None = None
+    """JSON file to write the figures to."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.model:
+            yield "MODEL: found nothing, expected the directory of a model"
+        for name in ("block_size", "max_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"{name}: found {value}, expected 1 or more"
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Figures, and how they were obtained."""
+
+    result: EvalResult
+    context: int
+    windows: int
+    dtype: str
+    split: str
+
+
+def evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[], None]]) -> EvalReport:
+    """Evaluate. Collective.
+
+    Args:
+        progress: given the number of batches, returns what to call after each.
+    """
+    with world.main_first():
+        opened = open_model(
+            args.model,
+            args.adapter,
+            config_name=args.config_name,
+            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+            device=str(world.device),
+            trust_remote_code=args.trust_remote_code,
+            progress=world.is_main,
+        )
+    limit = getattr(opened.base.model.config, "max_position_embeddings", 2048)
+    context = args.block_size or min(limit, 2048)
+    if context > limit:
+        raise UserError(f"block_size: found {context}, expected at most the model's context of {limit}")
+    source = TextSource(
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        text_column=args.text_column,
+        document_separator=args.document_separator,
+    )
+    with world.main_first():
+        splits = load_windows(
+            source,
+            opened.base.tokenizer,
+            context_length=context,
+            special_tokens=args.special_tokens,
+            splits=(args.split, "train"),
+            cache_dir=args.cache_dir,
+        ).splits
+    if args.split not in splits and (len(splits) > 1 or not _is_files(args.dataset_name)):
+        raise UserError(f"split: {args.dataset_name} has no {args.split}, found {', '.join(splits)}")
+    split = args.split if args.split in splits else "train"
+    windows = splits[split]
+    if args.max_samples is not None:
+        windows = windows.take(min(args.max_samples, len(windows)))
+    batches = eval_batches(windows, batch_size=args.batch_size, rank=world.rank, world=world.size)
+    tick = progress(-(-len(windows) // (args.batch_size * world.size)))
+    result = evaluate_loss(opened.model, batches, world=world, samples=len(windows), on_batch=tick)
+    return EvalReport(result, context, len(windows), str(next(opened.base.model.parameters()).dtype).removeprefix("torch."), split)
+
+
+def _is_files(name: str) -> bool:
+    return name.endswith((".txt", ".json", ".jsonl", ".csv", ".parquet"))

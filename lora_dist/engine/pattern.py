@@ -1,0 +1,89 @@
+"""Which pattern a base has: the stored one, or the one found in its weights, and what to say where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lora_dist.blocks import MASK_FILE, NamedLinear, Pattern, detect_pattern
+from lora_dist.log import UserError
+from lora_dist.models.architecture import prunable_linears
+
+MIN_BLOCK_SPARSITY = 0.005
+"""share of pruned weights from which `auto` believes in a pattern of tiles; a dense model may hold a dead row"""
+MIN_ELEMENT_SPARSITY = 0.05
+
+
+@dataclass(frozen=True)
+class FoundPattern:
+    """A base's pattern and where it came from."""
+
+    pattern: Pattern | None
+    source: str
+    """stored, detected or none"""
+    zero_share: float
+    """share of exactly zero weights in the prunable linears"""
+
+
+def zero_share(linears: list[NamedLinear]) -> float:
+    """Share of exactly zero weights."""
+    zeros = sum(int((linear.weight_OI == 0).sum()) for linear in linears)
+    return zeros / max(1, sum(linear.weight_OI.numel() for linear in linears))
+
+
+def base_pattern(model: nn.Module, source_dir: Path | None, *, block: int) -> FoundPattern:
+    """The pattern of a base as it stands: the mask file beside it, else tiles of zeros, else single zeros, else none.
+
+    Args:
+        source_dir: where the model was read from; None looks at the weights only.
+        block: tile side to look for where no mask is stored.
+
+    Raises:
+        UserError, GuardError: a stored mask that is damaged or does not fit the model.
+    """
+    linears = prunable_linears(model)
+    share = zero_share(linears)
+    if source_dir is not None and (source_dir / MASK_FILE).is_file():
+        pattern = Pattern.load(source_dir)
+        shapes = {linear.name: tuple(linear.weight_OI.shape) for linear in linears}
+        for name, mask in pattern.items():
+            if shapes.get(name) != mask.shape:
+                raise UserError(
+                    f"{source_dir / MASK_FILE}: layer {name} has a mask of {mask.shape}, the model has "
+                    f"{shapes.get(name, 'no such linear')}: the mask belongs to another model"
+                )
+        return FoundPattern(pattern, "stored", share)
+    tiles = detect_pattern(((linear.name, linear.weight_OI) for linear in linears), "block", block)
+    if tiles.sparsity >= MIN_BLOCK_SPARSITY:
+        return FoundPattern(tiles, "detected", share)
+    if share >= MIN_ELEMENT_SPARSITY:
+        elements = detect_pattern(((linear.name, linear.weight_OI) for linear in linears), "element", block)
+        return FoundPattern(elements, "detected", share)
+    return FoundPattern(None, "none", share)
+
+
+def adapter_pattern(found: FoundPattern, mask: str, *, block: int, model_name: str) -> Pattern | None:
+    """The pattern that the adapter is to respect, by `adapter.mask`: None means plain LoRA.
+
+    Raises:
+        UserError: a pattern is asked for that the base does not have.
+    """
+    pattern = found.pattern
+    if mask == "none":
+        return None
+    if mask == "auto":
+        return pattern
+    if mask == "block" and (pattern is None or pattern.kind != "block"):
+        raise UserError(
+            f"adapter.mask: found block, but {model_name} has no {block}x{block} tiles of zeros ({found.zero_share:.1%} of the weights "
+            "of its decoder layers are zero); prune it first (lora-dist prune), set adapter.block to the tile it was pruned with, "
+            "or adapter.mask none for plain LoRA"
+        )
+    if mask == "element" and pattern is None:
+        raise UserError(
+            f"adapter.mask: found element, but only {found.zero_share:.1%} of {model_name}'s weights are zero; "
+            "set adapter.mask none for plain LoRA"
+        )
+    return pattern

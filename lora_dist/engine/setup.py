@@ -1,0 +1,304 @@
+"""From the configuration to the parts of a run: the last place that sees `RunConfig`. Everything below takes plain values.
+
+Order: cheap checks first (folder, checkpoint), then base, guard, adapter, data, optimizer, and last the resumed state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lora_dist.adapter import attach_adapter, load_adapter_tensors
+from lora_dist.blocks import Guard, Pattern
+from lora_dist.config import RunConfig
+from lora_dist.data.loader import StepLoader
+from lora_dist.data.sources import TextSource
+from lora_dist.data.text import hold_out, load_windows
+from lora_dist.data.windows import Windows
+from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
+from lora_dist.engine.folder import LOG, METRICS, check_folder, claim_folder
+from lora_dist.engine.optimizer import load_optimizer_tensors, make_optimizer
+from lora_dist.engine.pattern import adapter_pattern, base_pattern
+from lora_dist.engine.schedule import warmup_steps
+from lora_dist.engine.step import Stepper
+from lora_dist.log import GuardError, UserError
+from lora_dist.models.architecture import prunable_linears
+from lora_dist.models.loading import LoadedBase, load_base
+from lora_dist.monitor.console import Console
+from lora_dist.monitor.metrics import MetricsFile
+from lora_dist.monitor.trackers import WandbSink
+from lora_dist.parallel import Replicated, World
+from lora_dist.state import TrainState
+
+
+@dataclass
+class Parts:
+    """What `engine/loop.py` runs on."""
+
+    config: RunConfig
+    world: World
+    console: Console
+    base: LoadedBase
+    pattern: Pattern | None
+    guard: Guard
+    model: Any
+    """the PEFT model"""
+    strategy: Replicated
+    optimizer: torch.optim.Optimizer
+    stepper: Stepper
+    loader: StepLoader
+    train_windows: Windows
+    eval_windows: Windows | None
+    state: TrainState
+    identity: Identity
+    output_dir: Path
+    total_steps: int
+    warmup: int
+    metrics: MetricsFile
+    tracker: WandbSink | None
+    versions: dict[str, str]
+
+
+def build(config: RunConfig, world: World, console: Console) -> Parts:
+    """Make everything a run needs, or stop with one clear line before anything is written or lost.
+
+    Raises:
+        UserError, GuardError: on every rank.
+    """
+    plan = world.on_main(
+        lambda: check_folder(
+            Path(config.train.output_dir),
+            resume=config.train.resume_from_checkpoint,
+            overwrite=config.train.overwrite_output_dir,
+        )
+    )
+    output_dir = plan.folder
+    checkpoint = load_checkpoint(plan.checkpoint) if plan.checkpoint is not None else None
+    base, pattern, guard = _base(config, world, console)
+    identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
+    if checkpoint is not None:
+        _check_identity(checkpoint, identity)
+    torch.manual_seed(config.train.seed)  # the adapter's initial values
+    model = attach_adapter(
+        base.model,
+        pattern,
+        r=config.adapter.r,
+        lora_alpha=config.adapter.lora_alpha,
+        lora_dropout=config.adapter.lora_dropout,
+        target_modules=config.adapter.target_modules,
+        use_rslora=config.adapter.use_rslora,
+        form=config.adapter.form,
+        base_fingerprint=base.fingerprint,
+    )
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    console.adapter_applied(*model.get_nb_trainable_parameters())
+    if pattern is not None:
+        console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
+    train_windows, eval_windows = _data(config, world, console, base)
+    if checkpoint is not None:
+        load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
+    strategy = Replicated(model, world)
+    train = config.train
+    optimizer = make_optimizer(
+        strategy.trainable,
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(world.device.type) if train.fp16 else None
+    loader = StepLoader(
+        train_windows,
+        micro_batch=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        rank=world.rank,
+        world=world.size,
+        seed=train.seed,
+        drop_last=train.dataloader_drop_last,
+        num_workers=config.data.dataloader_num_workers,
+        pin_memory=world.device.type == "cuda",
+    )
+    total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
+    state = TrainState(seed=train.seed, num_samples=len(train_windows), data_digest=train_windows.digest)
+    if checkpoint is not None:
+        state = _resume(checkpoint, state, optimizer, strategy, scaler)
+    metrics = MetricsFile(output_dir / METRICS)
+    world.on_main(lambda: claim_folder(plan, _config_yaml(config), console.note))  # nothing was written before this line
+    console.open_log(output_dir / LOG)
+    if checkpoint is not None:
+        world.on_main(lambda: metrics.drop_after(state.step))
+        console.resumed(checkpoint.path, state.step, world.size)
+    return Parts(
+        config=config,
+        world=world,
+        console=console,
+        base=base,
+        pattern=pattern,
+        guard=guard,
+        model=model,
+        strategy=strategy,
+        optimizer=optimizer,
+        stepper=Stepper(strategy, optimizer, world, max_grad_norm=train.max_grad_norm, scaler=scaler),
+        loader=loader,
+        train_windows=train_windows,
+        eval_windows=eval_windows,
+        state=state,
+        identity=identity,
+        output_dir=output_dir,
+        total_steps=total_steps,
+        warmup=warmup_steps(total_steps, train.warmup_steps, train.warmup_ratio),
+        metrics=metrics,
+        tracker=_tracker(config, world, output_dir, state),
+        versions=_versions(),
+    )
+
+
+def compute_dtype(dtype: str, bf16: bool, fp16: bool) -> torch.dtype:
+    """Precision of the frozen base (`model.dtype`, `train.bf16`, `train.fp16`)."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+
+
+def _config_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def _base(config: RunConfig, world: World, console: Console) -> tuple[LoadedBase, Pattern | None, Guard]:
+    """Base on the device, the adapter's pattern, and the guard, which has checked every pruned tile."""
+    args = config.model
+    with world.main_first():
+        base = load_base(
+            args.name_or_path,
+            config_name=args.config_name,
+            dtype=compute_dtype(args.dtype, config.train.bf16, config.train.fp16),
+            attn_implementation=args.attn_implementation,
+            trust_remote_code=args.trust_remote_code,
+            device=str(world.device),
+            progress=world.is_main,
+        )
+    console.model_loaded()
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    if limit is not None and config.data.block_size > limit:
+        raise UserError(f"data.block_size: found {config.data.block_size}, expected at most the model's context of {limit}")
+    rows = base.model.get_input_embeddings().num_embeddings
+    if len(base.tokenizer) > rows:
+        raise UserError(
+            f"model.config_name: the tokenizer ({base.tokenizer_from}) has {len(base.tokenizer)} tokens, the model's embedding "
+            f"{rows} rows: give the tokenizer that belongs to the model"
+        )
+    found = base_pattern(base.model, base.source_dir, block=config.adapter.block)
+    transposed = {linear.name for linear in prunable_linears(base.model) if linear.transposed}
+    guard = Guard(
+        dict(base.model.named_parameters()), found.pattern, transposed=transposed, sample_chunks=config.guard.sample_chunks
+    )
+    pattern = adapter_pattern(found, config.adapter.mask, block=config.adapter.block, model_name=args.name_or_path)
+    if pattern is None and found.pattern is not None:
+        console.warning("adapter.mask none: the update is dense; merging it would destroy the base's sparsity pattern")
+    elif pattern is None:
+        console.note("the base has no sparsity pattern: plain LoRA")
+    return base, pattern, guard
+
+
+def _data(config: RunConfig, world: World, console: Console, base: LoadedBase) -> tuple[Windows, Windows | None]:
+    """Training and evaluation windows, cut to the sizes asked for."""
+    data, train = config.data, config.train
+    console.loading_data(data.dataset_name, data.dataset_config_name)
+    source = TextSource(
+        dataset_name=data.dataset_name,
+        dataset_config_name=data.dataset_config_name,
+        validation_file=data.validation_file,
+        text_column=data.text_column,
+        document_separator=data.document_separator,
+    )
+    with world.main_first():
+        loaded = load_windows(
+            source,
+            base.tokenizer,
+            context_length=data.block_size,
+            special_tokens=data.special_tokens,
+            num_proc=data.preprocessing_num_workers,
+            cache_dir=data.cache_dir,
+        )
+    if "train" not in loaded.splits:
+        raise UserError(f"data.dataset_name: {data.dataset_name} has no train split, found {', '.join(loaded.splits)}")
+    training, evaluation = loaded.splits["train"], loaded.splits.get("validation")
+    if train.eval_strategy == "no" and evaluation is None:
+        pass
+    elif evaluation is None:
+        training, evaluation = hold_out(training, data.holdout_windows, train.seed)
+    if data.max_train_samples is not None:
+        training = training.take(min(data.max_train_samples, len(training)))
+    if evaluation is not None and data.max_eval_samples is not None:
+        evaluation = evaluation.take(min(data.max_eval_samples, len(evaluation)))
+    console.data_loaded(
+        data.dataset_name,
+        train=len(training),
+        evaluation=len(evaluation) if evaluation is not None else 0,
+        from_cache=loaded.from_cache,
+        wanted_train=data.max_train_samples,
+    )
+    return training, None if train.eval_strategy == "no" else evaluation
+
+
+def _check_identity(checkpoint: Checkpoint, now: Identity) -> None:
+    """The base and the pattern are those that the checkpoint was trained on."""
+    then = checkpoint.identity
+    if then.base_fingerprint != now.base_fingerprint:
+        raise GuardError(
+            f"model.name_or_path: the base changed since {checkpoint.path.name} was written (fingerprint {then.base_fingerprint[:12]}, "
+            f"found {now.base_fingerprint[:12]}); give the base it was trained on"
+        )
+    if then.pattern_digest != now.pattern_digest:
+        described = [(d[:12] if d else "none (plain LoRA)") for d in (then.pattern_digest, now.pattern_digest)]
+        raise GuardError(
+            f"adapter.mask, adapter.block: the pattern changed since {checkpoint.path.name} was written (digest {described[0]}, "
+            f"found {described[1]}); set them as they were"
+        )
+
+
+def _resume(
+    checkpoint: Checkpoint,
+    fresh: TrainState,
+    optimizer: torch.optim.Optimizer,
+    strategy: Replicated,
+    scaler: torch.amp.GradScaler | None,
+) -> TrainState:
+    state = checkpoint.state
+    for key, option in (("seed", "train.seed"), ("num_samples", "data.max_train_samples"), ("data_digest", "data.*")):
+        then, now = getattr(state, key), getattr(fresh, key)
+        if then != now:
+            raise UserError(f"{option}: {key} was {then} when {checkpoint.path.name} was written, found {now}: the data order would change")
+    load_optimizer_tensors(optimizer, strategy.trainable, checkpoint.optimizer)
+    if scaler is not None and state.loss_scale is not None:
+        scaler.load_state_dict({**scaler.state_dict(), "scale": state.loss_scale, "_growth_tracker": state.loss_scale_good_steps})
+    state.completed = False
+    return state
+
+
+def _tracker(config: RunConfig, world: World, output_dir: Path, state: TrainState) -> WandbSink | None:
+    args = config.tracker
+    if "wandb" not in args.report_to or not world.is_main:
+        return None
+    tracker = WandbSink(
+        project=args.wandb_project,
+        name=args.run_name or output_dir.name,
+        folder=output_dir,
+        run_id=state.tracker_run_id,
+        mode=args.wandb_mode,
+        config=dataclasses.asdict(config),
+    )
+    state.tracker_run_id = tracker.run_id
+    return tracker
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "safetensors", "lora_dist")}

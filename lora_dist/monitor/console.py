@@ -1,0 +1,242 @@
+"""The lines of workflow W1, word for word and in its order, to the terminal and to `train.log`. Rank 0 only.
+
+Takes plain numbers; the loop decides when to call what.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
+
+RULE = "=" * 40
+BAR_WIDTH = 33
+
+
+def clock(seconds: float) -> str:
+    """0:01:40, hours without limit."""
+    total = int(seconds)
+    return f"{total // 3600}:{total % 3600 // 60:02d}:{total % 60:02d}"
+
+
+def short_rate(rate: float) -> str:
+    """A learning rate as people write it: 1e-04, 9.5e-05."""
+    mantissa, exponent = f"{rate:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+
+
+def perplexity_text(value: float) -> str:
+    return f"{value:.2f}" if value < 1e7 else f"{value:.3e}"
+
+
+class ProgressBar:
+    """A tqdm bar on stderr whose last state also goes to the log, where a moving bar would be noise."""
+
+    def __init__(self, console: Console, total: int, label: str):
+        self._console = console
+        self._bar = tqdm(total=total, desc=label, disable=not console.enabled, file=sys.stderr, dynamic_ncols=True, leave=True)
+
+    def update(self) -> None:
+        self._bar.update()
+
+    def close(self) -> None:
+        if self._console.enabled:
+            line = str(self._bar)
+            self._bar.close()
+            self._console.log_only(line)
+
+
+class Console:
+    """Prints on rank 0, and appends the same lines to a log file once there is one."""
+
+    def __init__(self, enabled: bool = True, stream: TextIO | None = None):
+        self.enabled = enabled
+        self._stream = stream or sys.stdout
+        self._log: TextIO | None = None
+        self._pending: list[str] = []
+
+    def open_log(self, file: Path) -> None:
+        """Append to `file` from now on, what was printed before included."""
+        if self.enabled:
+            self._log = file.open("a", encoding="utf-8")
+            for line in self._pending:
+                self.log_only(line)
+            self._pending = []
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def log_only(self, line: str) -> None:
+        if self._log is not None:
+            self._log.write(line + "\n")
+            self._log.flush()
+        else:
+            self._pending.append(line)
+
+    def line(self, text: str = "") -> None:
+        if self.enabled:
+            print(text, file=self._stream, flush=True)
+            self.log_only(text)
+
+    def bar(self, total: int, label: str) -> ProgressBar:
+        return ProgressBar(self, total, label)
+
+    # Before training
+
+    def model_loaded(self) -> None:
+        self.line("✅ Model loaded successfully")
+        self.line("Applying LoRA configuration...")
+
+    def adapter_applied(self, trainable: int, total: int) -> None:
+        share = 100 * trainable / total
+        self.line(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.3f}%")
+        self.line(f"✅ LoRA applied: only {share:.3f}% parameters are trainable")
+
+    def pattern(self, kind: str, block: int, sparsity: float, layers: int, digest: str) -> None:
+        unit = f"{block}x{block} tiles" if kind == "block" else "single elements"
+        self.line(f"✅ Sparsity pattern: {unit}, {sparsity:.2%} of {layers} linears pruned, digest {digest[:12]}")
+
+    def loading_data(self, name: str, config: str | None) -> None:
+        self.line(f"Loading dataset '{name}'{f' ({config})' if config else ''}...")
+
+    def data_loaded(self, name: str, *, train: int, evaluation: int, from_cache: bool, wanted_train: int | None) -> None:
+        if from_cache:
+            self.line(f"Found cached dataset {name}")
+        if wanted_train is not None and train < wanted_train:
+            self.line(f"ℹ️  {wanted_train:,} training samples asked for, the data has {train:,}: using all")
+        self.line("✅ Dataset loaded")
+        self.line(f"  - Train samples: {train:,} sequences")
+        self.line(f"  - Eval samples: {evaluation:,} sequences")
+
+    def resumed(self, path: Path, step: int, processes: int) -> None:
+        self.line(f"✅ Resuming from {path} at step {step} ({processes} process{'es' if processes > 1 else ''})")
+
+    def training_starts(
+        self, *, examples: int, epochs: float, micro_batch: int, total_batch: int, accumulation: int, steps: int, trainable: int
+    ) -> None:
+        self.line()
+        self.line("***** Running training *****")
+        self.line(f"  Num examples = {examples}")
+        self.line(f"  Num Epochs = {epochs:g}")
+        self.line(f"  Instantaneous batch size per device = {micro_batch}")
+        self.line(f"  Total train batch size (w. parallel, distributed & accumulation) = {total_batch}")
+        self.line(f"  Gradient Accumulation steps = {accumulation}")
+        self.line(f"  Total optimization steps = {steps}")
+        self.line(f"  Number of trainable parameters = {trainable:,}")
+        self.line()
+
+    # While training
+
+    def expected_time(self, seconds: float) -> None:
+        self.line(f"Expected training time: ~{clock(seconds)}")
+
+    def step(self, *, step: int, total: int, loss: float, rate: float, epoch: float, elapsed_s: float) -> None:
+        share = step / total
+        filled = max(1, round(share * BAR_WIDTH))
+        bar = ("=" * (filled - 1) + ">").ljust(BAR_WIDTH)
+        self.line(f"{{'loss': {loss:.4f}, 'learning_rate': {short_rate(rate)}, 'epoch': {round(epoch, 4):g}}}")
+        self.line(
+            f"Step {step}/{total}   [{bar}] {share:.1%}  | Loss: {loss:.4f} | LR: {short_rate(rate)} | Time: {clock(elapsed_s)}"
+        )
+
+    def evaluation_starts(self, samples: int, batch_size: int, *, final: bool = False) -> None:
+        self.line()
+        self.line("***** Running Final Evaluation *****" if final else "***** Running Evaluation *****")
+        self.line(f"  Num examples = {samples}")
+        self.line(f"  Batch size = {batch_size}")
+
+    def evaluated(
+        self, *, step: int, loss: float, perplexity: float, runtime_s: float, samples: int, steps: int, epoch: float,
+        better: bool, before: float | None,
+    ) -> None:  # fmt: skip
+        """`better`: lowest so far; `before`: perplexity that it is compared with, None for the first."""
+        self.line(
+            f"{{'eval_loss': {loss:.4f}, 'eval_runtime': {runtime_s:.2f}, 'eval_samples_per_second': {samples / runtime_s:.2f}, "
+            f"'eval_steps_per_second': {steps / runtime_s:.2f}, 'epoch': {round(epoch, 4):g}}}"
+        )
+        self.line(f"Eval at step {step}:")
+        self.line(f"  - Eval Loss: {loss:.4f}")
+        self.line(f"  - Perplexity: {perplexity_text(perplexity)}")
+        if before is None:
+            self.line("  - Best so far: Yes ✅ (first evaluation)")
+        elif better:
+            self.line(f"  - Best so far: Yes ✅ (improved from {perplexity_text(before)})")
+        else:
+            self.line(f"  - Best so far: No (best {perplexity_text(before)})")
+        self.line()
+
+    def saving(self, folder: Path) -> None:
+        self.line(f"Saving model checkpoint to {folder}")
+
+    def saved_files(self, config: Path, weights: Path) -> None:
+        self.line(f"Configuration saved in {config}")
+        self.line(f"Model weights saved in {weights}")
+
+    def checkpoint_saved(self, step: int) -> None:
+        self.line(f"✅ Checkpoint saved at step {step}")
+        self.line()
+
+    def note(self, text: str) -> None:
+        self.line(f"ℹ️  {text}")
+
+    def warning(self, text: str) -> None:
+        self.line(f"⚠️  {text}")
+
+    # At the end
+
+    def training_done(self, seconds: float) -> None:
+        self.line(f"Training completed in {clock(seconds)}")
+
+    def final_results(
+        self, *, loss: float, perplexity: float, runtime_s: float, samples: int, steps: int, epoch: float, first: float | None
+    ) -> None:
+        """`first`: perplexity at step 0."""
+        self.line("***** Final eval results *****")
+        self.line(f"  eval_loss = {loss:.4f}")
+        self.line(f"  eval_runtime = {runtime_s:.2f}")
+        self.line(f"  eval_samples_per_second = {samples / runtime_s:.2f}")
+        self.line(f"  eval_steps_per_second = {steps / runtime_s:.2f}")
+        self.line(f"  perplexity = {perplexity_text(perplexity)}")
+        self.line(f"  epoch = {round(epoch, 4)}")
+        self.line()
+        self.line(f"✅ Final Perplexity: {perplexity_text(perplexity)}")
+        if first is not None:
+            change = 100 * (1 - perplexity / first)
+            verb, word = ("Improved", "reduction") if change >= 0 else ("Worsened", "rise")
+            self.line(f"   ({verb} from {perplexity_text(first)} → {perplexity_text(perplexity)}, {word}: {abs(change):.2f}%)")
+        self.line()
+
+    def tokenizer_saved(self, file: Path) -> None:
+        self.line(f"Tokenizer saved in {file}")
+        self.line()
+
+    def summary(
+        self, *, steps: int, seconds: float, train_loss: float | None, eval_loss: float | None, perplexity: float | None,
+        best_checkpoint: str | None,
+    ) -> None:  # fmt: skip
+        self.line("***** Training summary *****")
+        self.line(f"  Total steps: {steps}")
+        self.line(f"  Total time: {clock(seconds)}")
+        self.line(f"  Final train loss: {train_loss:.4f}" if train_loss is not None else "  Final train loss: none (no step)")
+        if eval_loss is not None and perplexity is not None:
+            self.line(f"  Final eval loss: {eval_loss:.4f}")
+            self.line(f"  Final perplexity: {perplexity_text(perplexity)}")
+        if best_checkpoint:
+            self.line(f"  Best checkpoint: {best_checkpoint}")
+        self.line()
+
+    def complete(self, output_dir: Path, next_steps: Sequence[str]) -> None:
+        self.line(RULE)
+        self.line("LoRA Fine-tuning Complete!")
+        self.line(RULE)
+        self.line(f"LoRA weights saved to: {output_dir}")
+        self.line()
+        self.line("Next steps:")
+        for text in next_steps:
+            self.line(text)
+        self.line(RULE)
