@@ -12,6 +12,9 @@ PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
 
+# Threads that wait for each other should sleep, not spin: on a machine shared with other work, spinning makes torch several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 VENV := .venv
 BIN := $(VENV)/bin
 # The stamp carries a checksum of what decides the installation: a fresh checkout's new dates alone reinstall nothing.
