@@ -87,7 +87,7 @@ class StepLoader:
         self._seed = seed
         self._num_workers = num_workers
         self._pin = pin_memory and torch.cuda.is_available()
-        self._split = {
+        self._split: dict[str, Any] = {
             "num_samples": len(windows),
             "micro_batch": micro_batch,
             "accumulation": accumulation,
@@ -171,7 +171,7 @@ def _load(windows: Windows, plan: Iterable[tuple[Meta, np.ndarray]], num_workers
         return
     loader = torch.utils.data.DataLoader(
         reader,
-        sampler=plan,  # type: ignore[arg-type]  # one item a batch, asked for in this process and in this order
+        sampler=plan,  # one item a batch, asked for in this process and in this order
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_as_it_is,

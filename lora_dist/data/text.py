@@ -15,8 +15,10 @@ import numpy as np
 from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
+from lora_dist.data.files import LocalSplit
+from lora_dist.data.hub import HubSplit
 from lora_dist.data.sampler import stable_permutation
-from lora_dist.data.sources import HubSplit, LocalSplit, TextSource, find_splits
+from lora_dist.data.sources import TextSource, find_splits
 from lora_dist.data.tokenise import pieces, special_ids, token_chunks, token_dtype, tokenizer_digest
 from lora_dist.data.windows import Windows, entry_key, new_entry, open_entry, write_windows
 from lora_dist.log import UserError
@@ -83,7 +85,7 @@ def load_windows(
     root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
     windows: dict[str, Windows] = {}
     from_cache = True
-    for name, split in find_splits(source, splits).items():
+    for name, split in find_splits(source, splits, root / "hub").items():
         key = entry_key(_key_parts(split, packing))
         cached = open_entry(root, key)
         if cached is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -125,15 +125,22 @@ def _row_blocks(rows: datasets.Dataset) -> Iterator[str]:
         yield "".join(text for text in batch["text"] if text)
 
 
-def _piece_rows(blocks: Any, separator: str | None, name: str) -> Iterator[dict[str, Any]]:
-    if separator is not None:
-        yield from ({"text": text, "opens": True, "closes": True} for text in _documents(blocks(), separator, name))
-        return
-    lines = chain.from_iterable(map(_lines, blocks()))
+def _piece_rows(blocks: Callable[[], Iterator[str]], separator: str | None, name: str) -> Iterator[dict[str, Any]]:
+    empty = True
+    for text, opens, closes in _chunks(blocks()) if separator is None else _documents(blocks(), separator, name):
+        empty = False
+        yield {"text": text, "opens": opens, "closes": closes}
+    if empty:  # `datasets` makes no table without rows; this one has no tokens
+        yield {"text": "", "opens": False, "closes": False}
+
+
+def _chunks(blocks: Iterable[str]) -> Iterator[tuple[str, bool, bool]]:
+    """Chunks of CHUNK_LINES lines, with whether they are the first and the last of their document."""
+    lines = chain.from_iterable(map(_lines, blocks))
     chunk, opens = "".join(islice(lines, CHUNK_LINES)), True
     while chunk:
         following = "".join(islice(lines, CHUNK_LINES))
-        yield {"text": chunk, "opens": opens, "closes": not following}
+        yield chunk, opens, not following
         chunk, opens = following, False
 
 
@@ -143,15 +150,15 @@ def _lines(block: str) -> list[str]:
     return [line + "\n" for line in lines] + ([last] if last else [])
 
 
-def _documents(blocks: Iterable[str], separator: str, name: str) -> Iterator[str]:
-    """The stripped, non-blank texts between separators; a separator may straddle two blocks."""
+def _documents(blocks: Iterable[str], separator: str, name: str) -> Iterator[tuple[str, bool, bool]]:
+    """The stripped, non-blank texts between separators, each whole; a separator may straddle two blocks."""
     rest, separators = "", 0
     for block in blocks:
         *whole, rest = (rest + block).split(separator)
         separators += len(whole)
-        yield from filter(None, map(str.strip, whole))
+        yield from ((text.strip(), True, True) for text in whole if text.strip())
     if rest.strip():
-        yield rest.strip()
+        yield rest.strip(), True, True
     if not separators:
         logger.warning("data.document_separator: %r does not occur in %s, which counts as one document", separator, name)
 
