@@ -108,7 +108,7 @@ def _content_digest(rows_NL: np.ndarray, index: np.ndarray | None = None) -> str
     step = max(1, _HASH_TOKENS // length)
     for start in range(0, count, step):
         part = slice(start, start + step) if index is None else index[start : start + step]
-        digest.update(memoryview(np.ascontiguousarray(rows_NL[part], dtype="<u4")))
+        digest.update(np.ascontiguousarray(rows_NL[part], dtype="<u4").data)
     return digest.hexdigest()
 
 
