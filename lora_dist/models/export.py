@@ -1,0 +1,182 @@
+"""Module -> Hugging Face directory: a whole one or none, and proof of the pattern in what was written.
+
+Everything goes to a hidden sibling of the final name, is flushed to disk, and is renamed once. Called by `engine/prune.py` and
+`engine/merge.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from lora_dist.blocks import BlockMask, Pattern
+from lora_dist.log import GuardError, UserError
+from lora_dist.models.loading import quiet_transformers
+from lora_dist.models.sources import open_shard, weight_files
+
+_GIB = 2**30
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes that the model's tensors take on disk."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def check_output(path: str | Path, *, need_bytes: int = 0) -> Path:
+    """Whether a model can be written here; leaves nothing behind. For the start of a command, before hours of work.
+
+    Args:
+        path: directory to be made; it may exist if it is empty.
+        need_bytes: room that the disk must have.
+
+    Raises:
+        UserError: it holds something, is a file, cannot be written, or the disk has too little room.
+    """
+    out = Path(path).expanduser()
+    if not str(path):
+        raise UserError("OUT: found nothing, expected the directory to write the model to")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"OUT: {out} already holds files, expected a new or empty directory; choose another or move it aside")
+    existing = out
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UserError(f"OUT: {existing} is a file, expected a directory")
+    try:  # by trying: root may write anywhere by permissions, but not on a read-only or full disk
+        with tempfile.TemporaryFile(dir=out.parent if out.exists() else existing) as probe:
+            probe.write(b"x" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise UserError(f"OUT: {existing} cannot be written ({error.strerror}); choose another place or free space") from error
+    free = shutil.disk_usage(existing).free
+    if need_bytes > free:
+        raise UserError(
+            f"OUT: {existing} has {free / _GIB:.2f} GiB free, the model takes {need_bytes / _GIB:.2f} GiB; "
+            "free space or choose another disk"
+        )
+    return out
+
+
+def save_model(
+    model: Any, tokenizer: Any, out_dir: str | Path, *, pattern: Pattern | None, extra_files: Mapping[str, str] | None = None
+) -> Path:
+    """Write model, tokenizer, pattern and notes as one directory that transformers' `from_pretrained` reads.
+
+    Args:
+        out_dir: must not exist, or be empty.
+        pattern: written beside the weights as block_mask.safetensors.
+        extra_files: text by file name.
+
+    Raises:
+        UserError: out_dir holds something, or the disk is full or read-only; nothing is left of this call then.
+    """
+    out = check_output(out_dir)
+    made = [parent for parent in out.parents if not parent.exists()]  # nearest first
+    staging = out.parent / f".{out.name}.saving"
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed while it wrote
+        staging.mkdir(parents=True)
+        _write(model, tokenizer, staging, pattern, extra_files or {})
+        _flush(staging)
+        os.rename(staging, out)  # takes the place of an empty directory too
+        _fsync(out.parent)
+    except BaseException as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(
+                f"OUT: {out} could not be written ({error}); nothing was left there: free space or choose another disk"
+            ) from error
+        raise
+    return out
+
+
+def _write(model: Any, tokenizer: Any, folder: Path, pattern: Pattern | None, extra_files: Mapping[str, str]) -> None:
+    with quiet_transformers(), _savable_generation(model):
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    if pattern is not None:
+        pattern.save(folder)
+    for name, text in extra_files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)  # safetensors makes its files readable for their owner only
+
+
+@contextmanager
+def _savable_generation(model: Any) -> Iterator[None]:
+    """Let a generation configuration pass that transformers loads but refuses to save (temperature without do_sample).
+
+    Llama-2's own is of this kind. What it sets is only read when sampling, so sampling is what it means.
+    """
+    generation = getattr(model, "generation_config", None)
+    sampled = None if generation is None else generation.do_sample
+    if generation is not None and not sampled:
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            generation.do_sample = True
+    try:
+        yield
+    finally:
+        if generation is not None:
+            generation.do_sample = sampled
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _fsync(path)
+
+
+def prove_zeros(source_dir: Path, pattern: Pattern, *, transposed: Collection[str] = ()) -> int:
+    """Read the written files again and check that every pruned tile is exactly zero.
+
+    Args:
+        pattern: masks by module name.
+        transposed: module names whose weight is stored as (I, O).
+
+    Returns:
+        Pruned tiles (elements, for element masks) that were found zero.
+
+    Raises:
+        GuardError: naming layer and tile, or a layer of the pattern that is not in the files.
+    """
+    left = dict(pattern)
+    zeros = 0
+    for file in weight_files(source_dir):
+        with open_shard(file) as shard:
+            for name in shard.names:
+                module = name.removesuffix(".weight")
+                mask = left.pop(module, None) if name.endswith(".weight") else None
+                if mask is None:
+                    continue
+                weight = shard.tensor(name)
+                weight_OI = weight.T if module in transposed else weight
+                violation = mask.first_violation(weight_OI)
+                if violation is not None:
+                    raise GuardError(f"{file}: " + violation[0].describe(module, mask.kind, violation[1]))
+                pruned_elements = weight_OI.numel() - mask.kept_elements()
+                zeros += int((~mask.kept_PQ).sum()) if isinstance(mask, BlockMask) else pruned_elements
+    if left:
+        raise GuardError(f"{source_dir}: layer {next(iter(left))} is in the pattern, but not in the files ({len(left)} such)")
+    return zeros

@@ -1,0 +1,233 @@
+"""Hugging Face directory -> frozen base, tokenizer and fingerprint.
+
+Whatever is wrong with the directory is found before gigabytes are read where that is possible, and nothing is made up:
+transformers fills tensors that a checkpoint lacks with random numbers and warns; here that is an error. Called by `engine/`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from lora_dist.log import UserError, logger
+from lora_dist.models.hub import resolve
+from lora_dist.models.sources import SourceFacts, read_facts, some, weight_files
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_MODEL_KEY, _CONFIG_KEY = "model.name_or_path", "model.config_name"
+
+
+@dataclass(frozen=True)
+class LoadedBase:
+    """A frozen base, ready for an adapter, evaluation or pruning."""
+
+    model: Any
+    """transformers' causal language model: no gradients, eval mode, no key-value cache"""
+    tokenizer: Any
+    source_dir: Path
+    """where its tensors were read (of a hub name: the folder it was downloaded to)"""
+    fingerprint: str
+    """digest of the source tensors; precision, device and file layout do not change it"""
+    config_from: str
+    """directory or hub name that the configuration came from"""
+    tokenizer_from: str
+    """directory or hub name that the tokenizer came from"""
+    stored_dtype: torch.dtype
+    """precision that most of the source tensors are stored in"""
+    use_cache: bool
+    """what the model's configuration said before it was turned off"""
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turn transformers' own bars and warnings off; what users need to know is said by the caller."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def load_base(
+    name_or_path: str,
+    *,
+    config_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    progress: bool = True,
+) -> LoadedBase:
+    """Load a causal language model, frozen, with its tokenizer.
+
+    Args:
+        name_or_path: directory or hub name.
+        config_name: directory or hub name to take the configuration or the tokenizer from where the model has none of its own.
+        dtype: precision to hold it in; None keeps the one it is stored in.
+        attn_implementation: attention kernel, as transformers names it; None lets transformers choose.
+        trust_remote_code: run model code that comes with the model.
+        device: where to put it.
+        progress: show a bar, `Loading checkpoint shards`.
+
+    Raises:
+        UserError: something is missing, broken, or does not fit together.
+    """
+    source_dir = resolve(name_or_path, _MODEL_KEY, code=trust_remote_code)
+    _require_model(source_dir, name_or_path)
+    config_from = _config_source(source_dir, name_or_path, config_name)
+    tokenizer_from = _tokenizer_source(source_dir, name_or_path, config_name, trust_remote_code)
+    config = _load_config(config_from, attn_implementation, trust_remote_code)
+    tokenizer = _load_tokenizer(tokenizer_from, trust_remote_code)
+    facts = read_facts(source_dir, progress=progress)
+    model = _load_model(source_dir, config, dtype or facts.dtype, device, trust_remote_code)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"{_CONFIG_KEY}: the tokenizer of {tokenizer_from.name} has {len(tokenizer)} tokens, the model's embedding "
+            f"{rows} rows: give the tokenizer that belongs to the model"
+        )
+    return _frozen(model, tokenizer, source_dir, facts, config_from.name, tokenizer_from.name)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A directory, and what the user called it."""
+
+    folder: Path
+    name: str
+
+
+def _require_model(source_dir: Path, name: str) -> None:
+    if (source_dir / "adapter_config.json").is_file():
+        raise UserError(f"{_MODEL_KEY}: {name} holds an adapter, expected the directory of its base model")
+    if not any(source_dir.iterdir()):
+        raise UserError(f"{_MODEL_KEY}: {name} is an empty directory, expected config.json, model.safetensors and a tokenizer")
+    weight_files(source_dir)
+
+
+def _config_source(source_dir: Path, name: str, config_name: str | None) -> _Place:
+    if (source_dir / "config.json").is_file():
+        return _Place(source_dir, name)
+    if config_name is None:
+        raise UserError(
+            f"{_MODEL_KEY}: {name} has no config.json; give the model that it was made from as {_CONFIG_KEY} (--config_name)"
+        )
+    folder = resolve(config_name, _CONFIG_KEY, weights=False)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{_CONFIG_KEY}: found no config.json in {config_name} either, which {name} needs")
+    return _Place(folder, config_name)
+
+
+def _tokenizer_source(source_dir: Path, name: str, config_name: str | None, trust_remote_code: bool) -> _Place:
+    # Code that comes with a model may read a vocabulary under any name.
+    looked_for = TOKENIZER_FILES + (("tokenizer_config.json",) if trust_remote_code else ())
+
+    def has_tokenizer(folder: Path) -> bool:
+        return any((folder / file).is_file() for file in looked_for)
+
+    if has_tokenizer(source_dir):
+        return _Place(source_dir, name)
+    if config_name is None:
+        raise UserError(
+            f"{_MODEL_KEY}: {name} has no tokenizer (looked for {', '.join(looked_for)}); give the model that it was made "
+            f"from as {_CONFIG_KEY} (--config_name)"
+        )
+    folder = resolve(config_name, _CONFIG_KEY, weights=False)
+    if not has_tokenizer(folder):
+        raise UserError(f"{_CONFIG_KEY}: found no tokenizer in {config_name} either (looked for {', '.join(looked_for)})")
+    return _Place(folder, config_name)
+
+
+def _line(error: Exception) -> str:
+    """An error's text as one line of bearable length."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _load_config(place: _Place, attn_implementation: str | None, trust_remote_code: bool) -> Any:
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(
+                str(place.folder), trust_remote_code=trust_remote_code, local_files_only=True, **extra
+            )
+    except Exception as error:  # a broken file fails in the JSON reader, the configuration class or its field checks
+        raise UserError(f"{place.name}: config.json cannot be used ({_line(error)})") from error
+
+
+def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # the tokenizers library raises plain `Exception` for a file it cannot read
+        raise UserError(f"{place.name}: the tokenizer cannot be loaded ({_line(error)})") from error
+
+
+def _load_model(source_dir: Path, config: Any, dtype: torch.dtype, device: str, trust_remote_code: bool) -> Any:
+    # Straight to an accelerator: several processes of one machine must not hold a copy each in its memory.
+    placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(source_dir),
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the names come back, and are an error below
+                **placed,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{source_dir}: cannot be loaded as a causal language model ({_line(error)})") from error
+    _require_fit(source_dir, type(model).__name__, info)
+    return model
+
+
+def _require_fit(source_dir: Path, class_name: str, info: dict[str, Any]) -> None:
+    """Every tensor of the model came from the files, with the shape that the configuration says."""
+    problems = []
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        problems.append(f"{source_dir}: {len(missing)} tensors that {class_name} needs are not in the files: {some(missing)}")
+    if info["mismatched_keys"]:
+        wrong = [
+            f"{name} is {tuple(found)}, by config.json {tuple(expected)}"
+            for name, found, expected in sorted(info["mismatched_keys"])
+        ]
+        problems.append(f"{source_dir}: {len(wrong)} tensors do not fit the configuration: {some(wrong)}")
+    if problems:
+        problems[-1] += "; check that config.json belongs to these weights (model.config_name, if it was taken from there)"
+        raise UserError(problems)
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        logger.warning(
+            "%s: %d tensors in the files are not part of %s and were left out: %s",
+            source_dir,
+            len(unused),
+            class_name,
+            some(unused),
+        )
+
+
+def _frozen(
+    model: Any, tokenizer: Any, source_dir: Path, facts: SourceFacts, config_from: str, tokenizer_from: str
+) -> LoadedBase:
+    use_cache = bool(getattr(model.config, "use_cache", False))
+    model.requires_grad_(False)
+    model.eval()
+    model.config.use_cache = False
+    return LoadedBase(model, tokenizer, source_dir, facts.fingerprint, config_from, tokenizer_from, facts.dtype, use_cache)
