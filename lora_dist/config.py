@@ -108,7 +108,9 @@ class DataArgs:
     def problems(self) -> Iterator[str]:
         if not self.dataset_name:
             yield "data.dataset_name: found nothing, expected a hub name, a directory or files"
-        yield from _positive("data", self, "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "holdout_windows")
+        yield from _positive(
+            "data", self, "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "holdout_windows"
+        )
         if self.block_size < 2:
             yield f"data.block_size: found {self.block_size}, expected a context of 2 tokens or more"
         if self.dataloader_num_workers < 0:

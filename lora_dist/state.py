@@ -23,7 +23,7 @@ class TrainState:
     step: int = 0
     """optimizer steps done, skipped ones (fp16 overflow) included"""
     cursor: int = 0
-    """samples consumed since the run began, over all epochs and ranks"""
+    """samples passed since the run began, over all epochs and ranks, those of dropped incomplete steps included"""
     tokens: int = 0
     """label tokens trained on, all ranks"""
     seed: int = 0
@@ -65,9 +65,7 @@ class TrainState:
         """
         version = data.get("version", 0)
         if version > STATE_VERSION:
-            raise ValueError(
-                f"state.json has version {version}, this lora_dist reads up to {STATE_VERSION}: update lora_dist"
-            )
+            raise ValueError(f"state.json has version {version}, this lora_dist reads up to {STATE_VERSION}: update lora_dist")
         names = {f.name for f in dataclasses.fields(cls)}
         known = {k: v for k, v in data.items() if k in names}
         unknown = {k: v for k, v in data.items() if k not in names}

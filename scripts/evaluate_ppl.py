@@ -15,7 +15,9 @@ from lora_dist.cli import eval as eval_verb
 
 def to_options(argv: list[str]) -> list[str]:
     """The guide's flags as options of `lora-dist eval`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--lora_weights", help="adapter folder that training wrote")
     parser.add_argument("--config_name", help="config and tokenizer, if the model directory has none of its own")

@@ -68,7 +68,9 @@ def _switch(text: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """The guide's flags; a switch is on when it is named, off when it is not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--do_train", nargs="?", const="true", default="false", type=_switch, help="train")
     parser.add_argument("--do_eval", nargs="?", const="true", default="false", type=_switch, help="evaluate while training")
     for flag, (key, default, text) in VALUES.items():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Make a small English language model from nothing but Python itself: text, tokenizer and weights, in about a minute and a half.
 
-    python scripts/tiny_model.py OUT [--steps 250] [--hidden 192] [--layers 4] [--seed 0]
+    python scripts/tiny_model.py OUT [--steps 450] [--hidden 192] [--layers 4] [--seed 0]
 
 The text is what every Python carries: the language reference of `help()` (`pydoc_data.topics`) and the docstrings of the
 standard library, read from its source files without importing them; about 2 MB. A byte-level BPE tokenizer and a Llama of 2
@@ -222,8 +222,8 @@ class Training(NamedTuple):
 def train_model(
     model: LlamaForCausalLM,
     ids_NT: torch.Tensor,
-    steps: int = 250,
-    batch_size: int = 8,
+    steps: int = 450,
+    batch_size: int = 4,
     learning_rate: float = 0.003,
     matrix_learning_rate: float = 0.02,
     seed: int = 0,
@@ -298,13 +298,13 @@ def perplexity(model: LlamaForCausalLM, ids_NT: torch.Tensor, batch_size: int = 
 
 def build(
     out: Path,
-    steps: int = 250,
+    steps: int = 450,
     hidden: int = 192,
     layers: int = 4,
     heads: int = 4,
     vocab_size: int = 2048,
     context: int = 256,
-    batch_size: int = 8,
+    batch_size: int = 4,
     seed: int = 0,
     limit_s: float = 150.0,
     progress: bool = True,
@@ -388,13 +388,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when the model is there, 2 when something given has to be changed first."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("out", type=Path, help="folder to make")
-    parser.add_argument("--steps", type=int, default=250, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=450, help="training steps (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=192, help="width, a multiple of 16 (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="decoder layers (default: %(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads (default: %(default)s)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer (default: %(default)s)")
     parser.add_argument("--context", type=int, default=256, help="tokens in a training window (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows in a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and order (default: %(default)s)")
     parser.add_argument(
         "--limit-s", type=float, default=150.0, help="end training early after so many seconds (default: %(default)s)"

@@ -5,11 +5,15 @@ Called by `engine/setup.py`, `engine/merge.py` and `engine/library.py`. Names of
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -66,16 +70,19 @@ def attach_adapter(
     """
     check_target_modules(model, target_modules)
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
-    common = {
+    common: dict[str, Any] = {
         "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": targets, "use_rslora": use_rslora,
         "task_type": "CAUSAL_LM",
     }  # fmt: skip
     if pattern is None:
         # PEFT asks for the flag where the base stores weights as (I, O), and warns otherwise.
         transposed = any(linear.transposed for linear in find_linears(model))
-        return get_peft_model(model, LoraConfig(**common, fan_in_fan_out=transposed))
-    config = BlockLoraConfig(**common, form=form, base_fingerprint=base_fingerprint).with_pattern(pattern)
-    return get_peft_model(model, config)
+        config = LoraConfig(**common, fan_in_fan_out=transposed)
+    else:
+        config = BlockLoraConfig(**common, form=form, base_fingerprint=base_fingerprint).with_pattern(pattern)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's own use of it
+        return get_peft_model(model, config)
 
 
 def adapter_tensors(model: PeftModel, full: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -138,8 +145,10 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         raise UserError(f"adapter: found no {ADAPTER_CONFIG} in {folder}, expected a folder that train wrote")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, ValueError, TypeError) as error:
+        peft_type = json.loads((Path(folder) / ADAPTER_CONFIG).read_text()).get("peft_type")
+        # Of its own class: PeftConfig's reader would leave the pattern behind.
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(folder))
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"adapter: {folder}/{ADAPTER_CONFIG} cannot be read ({type(error).__name__}: {error})") from error
@@ -199,7 +208,7 @@ def update_outside_mask(model: PeftModel, pattern: Pattern) -> float:
     return lost / total if total else 0.0
 
 
-def lora_layers(model: PeftModel) -> Iterable[tuple[str, nn.Module]]:
+def lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:
     """(name in the base, layer) of every linear that carries the adapter."""
     prefix = "base_model.model."
     for name, module in model.named_modules():

@@ -60,7 +60,9 @@ class BlockLoraConfig(LoraConfig):
         if not (isinstance(self.init_lora_weights, bool) or self.init_lora_weights == "gaussian"):
             changed.append(f"init_lora_weights={self.init_lora_weights!r} (it rewrites the base)")
         if changed:
-            raise ValueError(f"block-masked LoRA does not support {', '.join(changed)}: leave out, or use plain LoRA (mask: none)")
+            raise ValueError(
+                f"block-masked LoRA does not support {', '.join(changed)}: leave out, or use plain LoRA (mask: none)"
+            )
 
     @property
     def pattern(self) -> Pattern:

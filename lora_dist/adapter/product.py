@@ -142,9 +142,7 @@ class _Dense(torch.autograd.Function):
         return dx, dA, dB, None, None, None
 
 
-def masked_product(
-    x: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float, *, factorised: bool
-) -> Tensor:
+def masked_product(x: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float, *, factorised: bool) -> Tensor:
     """s * x @ (mask . BA)^T for x of shape (..., I), computed in x's dtype.
 
     Args:

@@ -24,9 +24,9 @@ class NamedLinear:
     @property
     def weight_OI(self) -> Tensor:
         """The weight without gradient, as (O, I); a view, so writing to it writes the model."""
-        weight = self.module.weight.detach()
+        weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return weight.T if self.transposed else weight
+        return weight.detach().T if self.transposed else weight.detach()
 
 
 def is_transposed(module: nn.Module) -> bool | None:

@@ -127,7 +127,9 @@ class Pattern(Mapping[str, Mask]):
                 if metadata.get("format") != "lora_dist.block_mask":
                     raise UserError(f"block mask: {file} was not written by lora_dist (metadata {metadata})")
                 if int(metadata["version"]) > FORMAT_VERSION:
-                    raise UserError(f"block mask: {file} has version {metadata['version']}, this lora_dist reads {FORMAT_VERSION}")
+                    raise UserError(
+                        f"block mask: {file} has version {metadata['version']}, this lora_dist reads {FORMAT_VERSION}"
+                    )
                 layers = json.loads(metadata["layers"])
                 masks: dict[str, Mask] = {}
                 for name, info in layers.items():
@@ -159,7 +161,9 @@ class Pattern(Mapping[str, Mask]):
                 if isinstance(mine, BlockMask) and isinstance(theirs, BlockMask):
                     changed_PQ = mine.kept_PQ != theirs.kept_PQ
                     p, q = changed_PQ.nonzero()[0].tolist()
-                    return f"layer {name}, tile ({p}, {q}): kept in one pattern, pruned in the other ({int(changed_PQ.sum())} such)"
+                    return (
+                        f"layer {name}, tile ({p}, {q}): kept in one pattern, pruned in the other ({int(changed_PQ.sum())} such)"
+                    )
                 return f"layer {name}: element masks differ"
         return None
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_dist.cli.options import Verb, parse
+
+if TYPE_CHECKING:
+    from lora_dist.engine.evaluate import EvalArgs
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
     return run(parse(EvalArgs, argv, verb))
 
 
-def run(args) -> int:  # noqa: ANN001
+def run(args: EvalArgs) -> int:
     """Evaluate by checked arguments and print; used by `scripts/evaluate_ppl.py` too."""
     from lora_dist.engine.evaluate import evaluate
     from lora_dist.log import UserError
@@ -28,7 +32,7 @@ def run(args) -> int:  # noqa: ANN001
     console = Console(enabled=world.is_main)
     bars = []
 
-    def progress(batches: int):  # noqa: ANN202
+    def progress(batches: int) -> Callable[[], None]:
         bars.append(console.bar(batches, "Evaluating"))
         return bars[0].update
 
@@ -42,7 +46,9 @@ def run(args) -> int:  # noqa: ANN001
         )
         console.line(f"Eval Loss: {result.loss:.4f}")
         console.line(f"Eval Perplexity: {perplexity_text(result.perplexity)}")
-        console.line(f"Band: {perplexity_band(result.perplexity)} (ideal 6.5-7, good 7-10, fair 10-50, poor above; Llama-2-7B on WikiText-2)")
+        console.line(
+            f"Band: {perplexity_band(result.perplexity)} (ideal 6.5-7, good 7-10, fair 10-50, poor above; Llama-2-7B on WikiText-2)"
+        )
         if args.output and world.is_main:
             figures = {
                 "eval_loss": result.loss,
@@ -53,7 +59,10 @@ def run(args) -> int:  # noqa: ANN001
                 "dtype": report.dtype,
                 "split": report.split,
                 "runtime_s": result.runtime_s,
-                **{key: getattr(args, key) for key in ("model", "adapter", "dataset_name", "dataset_config_name", "special_tokens")},
+                **{
+                    key: getattr(args, key)
+                    for key in ("model", "adapter", "dataset_name", "dataset_config_name", "special_tokens")
+                },
             }
             try:
                 Path(args.output).write_text(json.dumps(figures, indent=1) + "\n")

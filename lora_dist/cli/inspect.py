@@ -18,7 +18,9 @@ def main(argv: Sequence[str]) -> int:
     if found.pattern is not None:
         pattern = found.pattern
         unit = f"{pattern.block}x{pattern.block} tiles" if pattern.kind == "block" else "single elements"
-        print(f"pattern: {unit}, {found.source}, {pattern.sparsity:.2%} of {len(pattern)} linears pruned, digest {pattern.digest[:12]}")
+        print(
+            f"pattern: {unit}, {found.source}, {pattern.sparsity:.2%} of {len(pattern)} linears pruned, digest {pattern.digest[:12]}"
+        )
         if not args.summary:
             width = max(len(row.name) for row in found.rows)
             print(f"  {'layer':<{width}}  {'shape':>13}  {'pruned / tiles':>16}  sparsity")

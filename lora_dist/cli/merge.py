@@ -13,11 +13,15 @@ def main(argv: Sequence[str]) -> int:
     verb = Verb("lora-dist merge", MergeArgs.__doc__ or "", positionals=("base", "adapter", "out"))
     report = merge(parse(MergeArgs, argv, verb))
     if report.pattern_digest:
-        print(f"✅ Pattern kept: all {report.zero_tiles:,} pruned tiles are exactly 0.0 in {report.out} (digest {report.pattern_digest[:12]})")
+        print(
+            f"✅ Pattern kept: all {report.zero_tiles:,} pruned tiles are exactly 0.0 in {report.out} (digest {report.pattern_digest[:12]})"
+        )
     else:
         print("⚠️  The merged model has no sparsity pattern")
     if report.update_lost:
-        print(f"⚠️  Projected: {report.update_lost:.1%} of the squared update fell on pruned tiles and was thrown away; evaluate the result")
+        print(
+            f"⚠️  Projected: {report.update_lost:.1%} of the squared update fell on pruned tiles and was thrown away; evaluate the result"
+        )
     print(
         f"✅ Logits, merged against adapter: largest difference {report.logits_error_fp32:.1e} of the largest logit before rounding, "
         f"{report.logits_error:.1e} as written"

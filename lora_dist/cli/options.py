@@ -69,7 +69,7 @@ def parse(cls: type[C], argv: Sequence[str], verb: Verb) -> C:
     if print_config:
         if problems:
             raise UserError(problems)
-        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")  # type: ignore[call-overload]
+        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
         raise SystemExit(0)
     own_problems = getattr(config, "problems", lambda: ())()
     # A key that could not be read still has its default: what that default lacks is not a second problem.

@@ -70,4 +70,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     import torch
 
     text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
+    )

@@ -63,6 +63,11 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
+def _content_digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 over the manifest's own content, so that a flipped bit in it is not blamed on another file."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def _flush(path: Path) -> None:
     """fsync a file or a directory (the directory entry is what makes a new name last)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -109,7 +114,7 @@ def save_checkpoint(
             "versions": dict(versions),
             "files": {str(p.relative_to(staging)): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in files},
         }
-        (staging / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (staging / MANIFEST).write_text(json.dumps({**manifest, "sha256": _content_digest(manifest)}, indent=1))
         for path in [*files, staging / MANIFEST, staging / ADAPTER, staging]:
             _flush(path)
         _replace(staging, final)
@@ -151,6 +156,8 @@ def verify(path: Path) -> str | None:
         version, files = manifest["version"], manifest["files"]
         if version > FORMAT_VERSION:
             return f"{MANIFEST} has version {version}, this lora_dist reads up to {FORMAT_VERSION}"
+        if manifest.pop("sha256") != _content_digest(manifest):
+            return f"{MANIFEST} does not have the sha256 that it states"
         for name, entry in files.items():
             file = path / name
             if not file.is_file():

@@ -120,7 +120,9 @@ def evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[]
     batches = eval_batches(windows, batch_size=args.batch_size, rank=world.rank, world=world.size)
     tick = progress(-(-len(windows) // (args.batch_size * world.size)))
     result = evaluate_loss(opened.model, batches, world=world, samples=len(windows), on_batch=tick)
-    return EvalReport(result, context, len(windows), str(next(opened.base.model.parameters()).dtype).removeprefix("torch."), split)
+    return EvalReport(
+        result, context, len(windows), str(next(opened.base.model.parameters()).dtype).removeprefix("torch."), split
+    )
 
 
 def _is_files(name: str) -> bool:

@@ -95,7 +95,9 @@ def _require_writable(folder: Path) -> None:
             probe.write(b"x" * 4096)
             probe.flush()
     except OSError as error:
-        raise UserError(f"train.output_dir: {existing} cannot be written ({error.strerror}); choose another folder or free space") from error
+        raise UserError(
+            f"train.output_dir: {existing} cannot be written ({error.strerror}); choose another folder or free space"
+        ) from error
 
 
 def claim_folder(plan: FolderPlan, config_yaml: str, note: Callable[[str], None]) -> None:
@@ -115,12 +117,14 @@ def claim_folder(plan: FolderPlan, config_yaml: str, note: Callable[[str], None]
             _set_later_aside(plan.folder, plan.checkpoint, note)
         (plan.folder / CONFIG).write_text(config_yaml)
     except OSError as error:
-        raise UserError(f"train.output_dir: {plan.folder} cannot be written ({error}); choose another folder or free space") from error
+        raise UserError(
+            f"train.output_dir: {plan.folder} cannot be written ({error}); choose another folder or free space"
+        ) from error
 
 
 def _set_later_aside(folder: Path, checkpoint: Path, note: Callable[[str], None]) -> None:
     """Going on from an older checkpoint: rename the later ones, so that they are not mistaken for this run's."""
-    step = dict((path.resolve(), n) for n, path in list_checkpoints(folder)).get(checkpoint.resolve())
+    step = {path.resolve(): n for n, path in list_checkpoints(folder)}.get(checkpoint.resolve())
     for later, path in list_checkpoints(folder):
         if step is not None and later > step:
             target = path.with_name(f"superseded-{path.name}")

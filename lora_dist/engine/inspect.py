@@ -147,4 +147,6 @@ def _other_blocks(linears: list[NamedLinear], block: int, share: float) -> list[
         inside = sum(linear.weight_OI.numel() - BlockMask.detect(linear.weight_OI, side).kept_elements() for linear in linears)
         if inside / total >= MIN_EXPLAINED * share:
             return [f"the zeros lie in whole {side}x{side} tiles: use --block {side} (adapter.block {side})"]
-    return [f"the zeros ({share:.1%} of the weights) do not form tiles of {', '.join(map(str, OTHER_BLOCKS))}: an element pattern"]
+    return [
+        f"the zeros ({share:.1%} of the weights) do not form tiles of {', '.join(map(str, OTHER_BLOCKS))}: an element pattern"
+    ]

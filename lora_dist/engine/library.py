@@ -1,9 +1,9 @@
 """lora_dist as a library: the masked adapter and the guard inside transformers' `Trainer`, TRL, or a loop of your own.
 
-    from lora_dist import GuardCallback, attach_block_lora
-    model = attach_block_lora(AutoModelForCausalLM.from_pretrained(pruned), r=8, lora_alpha=16)
-    Trainer(model, args, train_dataset=data, callbacks=[GuardCallback(model)]).train()
-    model.save_pretrained("adapter")
+from lora_dist import GuardCallback, attach_block_lora
+model = attach_block_lora(AutoModelForCausalLM.from_pretrained(pruned), r=8, lora_alpha=16)
+Trainer(model, args, train_dataset=data, callbacks=[GuardCallback(model)]).train()
+model.save_pretrained("adapter")
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Loop:
             self._log(result)
             if state.step % p.config.guard.every == 0:
                 self._checked_everywhere(f"at step {state.step}")
-            epoch_ends = batch.cursor_after % self._epoch_span() == 0
+            epoch_ends = batch.cursor_after % len(p.train_windows) == 0
             improved = self._evaluation_due(epoch_ends) and self._evaluate()
             if improved or self._due(self.train.save_strategy, self.train.save_steps, epoch_ends):
                 if self.train.save_strategy != "no":
@@ -118,9 +118,7 @@ class Loop:
         loss = state.loss_window_sum / state.loss_window_steps
         state.loss_window_sum, state.loss_window_steps, state.last_train_loss = 0.0, 0, loss
         rate, epoch = self._rate(state.step - 1), self._epoch()
-        p.console.step(
-            step=state.step, total=p.total_steps, loss=loss, rate=rate, epoch=epoch, elapsed_s=self._elapsed_s()
-        )  # fmt: skip
+        p.console.step(step=state.step, total=p.total_steps, loss=loss, rate=rate, epoch=epoch, elapsed_s=self._elapsed_s())
         tokens_per_s = self._since_log_tokens / self._since_log_s
         self._since_log_tokens, self._since_log_s = 0, 0.0
         values: dict[str, float] = {
@@ -258,7 +256,10 @@ class Loop:
     def _load_best(self) -> str | None:
         """Go back to the best evaluated adapter; the name of its checkpoint, where there is one."""
         p, state = self.parts, self.state
-        if not self.train.load_best_model_at_end or state.best_step <= 0:
+        if not self.train.load_best_model_at_end or p.eval_windows is None:
+            return None
+        if state.best_step <= 0:
+            p.console.warning("no evaluation was better than the pruned model's: keeping the adapter of the last step")
             return None
         folder = p.output_dir / f"checkpoint-{state.best_step}"
         if state.best_step != state.step:
@@ -304,13 +305,8 @@ class Loop:
         p, train = self.parts, self.train
         return learning_rate(step, p.total_steps, peak=train.learning_rate, warmup=p.warmup, kind=train.lr_scheduler_type)
 
-    def _epoch_span(self) -> int:
-        """Samples by which the cursor moves in one epoch."""
-        p = self.parts
-        return p.loader.steps_per_epoch * p.loader.global_batch if self.train.dataloader_drop_last else len(p.train_windows)
-
     def _epoch(self) -> float:
-        return self.state.cursor / self._epoch_span()
+        return self.state.cursor / len(self.parts.train_windows)
 
     def _due(self, strategy: str, every: int, epoch_ends: bool) -> bool:
         if strategy == "epoch":

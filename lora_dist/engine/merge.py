@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_dist.adapter import merge_adapter, update_outside_mask
-from lora_dist.blocks import MASK_FILE, Guard, Pattern
+from lora_dist.blocks import Guard, Pattern
 from lora_dist.engine.open_model import open_model
-from lora_dist.log import GuardError, UserError
+from lora_dist.log import UserError
 from lora_dist.models.architecture import prunable_linears
-from lora_dist.models.export import check_output, save_model
-from lora_dist.models.loading import load_base
+from lora_dist.models.export import check_output, prove_zeros, save_model
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
 
@@ -121,10 +120,10 @@ def merge(args: MergeArgs) -> MergeReport:
     _check_zeros(merged, kept, "after merging")
     merged.to(opened.base.stored_dtype if args.dtype == "auto" else getattr(torch, args.dtype))
     error = _relative(_probe_logits(merged, ids_BL), before)
-    merged.config.use_cache = True
-    save_model(merged, opened.base.tokenizer, args.out, pattern=kept, extra_files={})
+    merged.config.use_cache = opened.base.use_cache
+    save_model(merged, opened.base.tokenizer, args.out, pattern=kept)
     try:
-        zero_tiles = _prove_written(Path(args.out), kept)
+        zero_tiles = 0 if kept is None else prove_zeros(Path(args.out), kept, transposed=_transposed(merged))
     except UserError:
         shutil.rmtree(args.out)  # this call made it
         raise
@@ -141,21 +140,9 @@ def _apply(model: nn.Module, pattern: Pattern) -> None:
             linear.weight_OI.masked_fill_(~pattern[linear.name].expand(linear.weight_OI.device), 0.0)
 
 
+def _transposed(model: nn.Module) -> set[str]:
+    return {linear.name for linear in prunable_linears(model) if linear.transposed}
+
+
 def _check_zeros(model: nn.Module, pattern: Pattern | None, when: str) -> None:
-    transposed = {linear.name for linear in prunable_linears(model) if linear.transposed}
-    Guard(dict(model.named_parameters()), pattern, transposed=transposed).check_pattern(when)
-
-
-def _prove_written(out: Path, pattern: Pattern | None) -> int:
-    """Read the written files again; the number of pruned tiles, every one of them exactly zero.
-
-    Raises:
-        GuardError: naming layer and tile.
-    """
-    if pattern is None:
-        return 0
-    written = load_base(str(out), progress=False)
-    if Pattern.load(out).digest != pattern.digest:
-        raise GuardError(f"{out / MASK_FILE}: not the pattern that was merged")
-    _check_zeros(written.model, pattern, "in the written files")
-    return sum(row.pruned_tiles or row.elements - row.kept_elements for row in pattern.stats())
+    Guard(dict(model.named_parameters()), pattern, transposed=_transposed(model)).check_pattern(when)

@@ -38,10 +38,14 @@ def load_optimizer_tensors(
     for full_name, tensor in tensors.items():
         name, key = full_name.rsplit(".", 1)
         if name not in trainable:
-            raise UserError(f"checkpoint: optimizer state of {name} belongs to no trainable parameter of this run; check adapter.*")
+            raise UserError(
+                f"checkpoint: optimizer state of {name} belongs to no trainable parameter of this run; check adapter.*"
+            )
         parameter = trainable[name]
         if key != "step" and tensor.shape != parameter.shape:
-            raise UserError(f"checkpoint: optimizer state of {name} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
+            raise UserError(
+                f"checkpoint: optimizer state of {name} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}"
+            )
         state.setdefault(parameter, {})[key] = tensor.to(parameter.device, copy=True)  # fused AdamW keeps `step` there too
     missing = [name for name, parameter in trainable.items() if parameter not in state]
     if missing and tensors:

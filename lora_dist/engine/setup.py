@@ -130,11 +130,13 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
     state = TrainState(seed=train.seed, num_samples=len(train_windows), data_digest=train_windows.digest)
     if checkpoint is not None:
         state = _resume(checkpoint, state, optimizer, strategy, scaler)
+        if checkpoint.path.resolve().parent != output_dir.resolve():
+            state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     metrics = MetricsFile(output_dir / METRICS)
     world.on_main(lambda: claim_folder(plan, _config_yaml(config), console.note))  # nothing was written before this line
     console.open_log(output_dir / LOG)
+    world.on_main(lambda: metrics.drop_after(state.step if checkpoint is not None else -1))
     if checkpoint is not None:
-        world.on_main(lambda: metrics.drop_after(state.step))
         console.resumed(checkpoint.path, state.step, world.size)
     return Parts(
         config=config,
@@ -189,12 +191,6 @@ def _base(config: RunConfig, world: World, console: Console) -> tuple[LoadedBase
     limit = getattr(base.model.config, "max_position_embeddings", None)
     if limit is not None and config.data.block_size > limit:
         raise UserError(f"data.block_size: found {config.data.block_size}, expected at most the model's context of {limit}")
-    rows = base.model.get_input_embeddings().num_embeddings
-    if len(base.tokenizer) > rows:
-        raise UserError(
-            f"model.config_name: the tokenizer ({base.tokenizer_from}) has {len(base.tokenizer)} tokens, the model's embedding "
-            f"{rows} rows: give the tokenizer that belongs to the model"
-        )
     found = base_pattern(base.model, base.source_dir, block=config.adapter.block)
     transposed = {linear.name for linear in prunable_linears(base.model) if linear.transposed}
     guard = Guard(
@@ -276,7 +272,9 @@ def _resume(
     for key, option in (("seed", "train.seed"), ("num_samples", "data.max_train_samples"), ("data_digest", "data.*")):
         then, now = getattr(state, key), getattr(fresh, key)
         if then != now:
-            raise UserError(f"{option}: {key} was {then} when {checkpoint.path.name} was written, found {now}: the data order would change")
+            raise UserError(
+                f"{option}: {key} was {then} when {checkpoint.path.name} was written, found {now}: the data order would change"
+            )
     load_optimizer_tensors(optimizer, strategy.trainable, checkpoint.optimizer)
     if scaler is not None and state.loss_scale is not None:
         scaler.load_state_dict({**scaler.state_dict(), "scale": state.loss_scale, "_growth_tracker": state.loss_scale_good_steps})

@@ -98,7 +98,9 @@ class Stepper:
     def _update(self, loss: float, grad_norm: float, norm: Tensor, rate: float, step: int) -> bool:
         finite_norm = grad_norm - grad_norm == 0.0
         if loss - loss != 0.0:
-            raise NonFiniteError(f"step {step}: found a loss of {loss}, expected a finite one; lower train.learning_rate{self._fp16()}")
+            raise NonFiniteError(
+                f"step {step}: found a loss of {loss}, expected a finite one; lower train.learning_rate{self._fp16()}"
+            )
         if not finite_norm and self.scaler is None:
             names = self.strategy.non_finite()
             raise NonFiniteError(
@@ -115,7 +117,9 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if not finite_norm and self.scaler.get_scale() < MIN_LOSS_SCALE:
-            raise NonFiniteError(f"step {step}: fp16 still overflows at a loss scale of {self.scaler.get_scale():g}; use train.bf16")
+            raise NonFiniteError(
+                f"step {step}: fp16 still overflows at a loss scale of {self.scaler.get_scale():g}; use train.bf16"
+            )
         return finite_norm
 
     def _fp16(self) -> str:

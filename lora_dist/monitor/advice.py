@@ -4,7 +4,14 @@ from __future__ import annotations
 
 
 def out_of_memory(
-    *, block_size: int, gradient_checkpointing: bool, micro_batch: int, accumulation: int, rank: int, where: str, peak_gib: float | None
+    *,
+    block_size: int,
+    gradient_checkpointing: bool,
+    micro_batch: int,
+    accumulation: int,
+    rank: int,
+    where: str,
+    peak_gib: float | None,
 ) -> str:
     """What to change after running out of memory, largest saving first; printed instead of a bare traceback."""
     lines = [f"❌ Out of memory {where}" + (f" (peak {peak_gib:.1f} GiB)" if peak_gib else "") + ". What helps, in this order:"]
@@ -20,7 +27,9 @@ def out_of_memory(
         lines.append(f"  - context {block_size} -> {block_size // 2}:  --data.block_size {block_size // 2}")
     if rank > 4:
         lines.append(f"  - rank {rank} -> {max(4, rank // 2)}:  --adapter.r {max(4, rank // 2)}")
-    lines.append("  - base in half precision:  --train.bf16 true; a smaller evaluation batch:  --train.per_device_eval_batch_size 1")
+    lines.append(
+        "  - base in half precision:  --train.bf16 true; a smaller evaluation batch:  --train.per_device_eval_batch_size 1"
+    )
     return "\n".join(lines)
 
 

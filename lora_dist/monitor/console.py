@@ -57,6 +57,7 @@ class Console:
         self._stream = stream or sys.stdout
         self._log: TextIO | None = None
         self._pending: list[str] = []
+        self._last_line = ""
 
     def open_log(self, file: Path) -> None:
         """Append to `file` from now on, what was printed before included."""
@@ -79,7 +80,9 @@ class Console:
             self._pending.append(line)
 
     def line(self, text: str = "") -> None:
-        if self.enabled:
+        """Print and log one line; two blank lines never follow each other."""
+        if self.enabled and not (text == "" and self._last_line == ""):
+            self._last_line = text
             print(text, file=self._stream, flush=True)
             self.log_only(text)
 
@@ -122,7 +125,7 @@ class Console:
         self.line()
         self.line("***** Running training *****")
         self.line(f"  Num examples = {examples}")
-        self.line(f"  Num Epochs = {epochs:g}")
+        self.line(f"  Num Epochs = {epochs:.4g}")
         self.line(f"  Instantaneous batch size per device = {micro_batch}")
         self.line(f"  Total train batch size (w. parallel, distributed & accumulation) = {total_batch}")
         self.line(f"  Gradient Accumulation steps = {accumulation}")

@@ -25,13 +25,14 @@ class MetricsFile:
         self.file = file
 
     def drop_after(self, step: int) -> int:
-        """Drop records of later steps, and a half-written last line; returns how many went. Atomic."""
+        """Drop records of later steps, of an earlier end, and a half-written last line; returns how many went. Atomic."""
         if not self.file.exists():
             return 0
         kept, dropped = [], 0
         for line in self.file.read_text(encoding="utf-8").splitlines():
             try:
-                later = json.loads(line)["step"] > step
+                record = json.loads(line)
+                later = record["step"] > step or record["event"] == "final"
             except (json.JSONDecodeError, KeyError):
                 later = True  # cut off by the kill
             if later:

@@ -25,13 +25,13 @@ class WandbSink:
         UserError: wandb is not installed, or refuses to start.
     """
 
-    def __init__(
-        self, *, project: str, name: str, folder: Path, run_id: str | None, mode: str | None, config: Mapping[str, Any]
-    ):
+    def __init__(self, *, project: str, name: str, folder: Path, run_id: str | None, mode: str | None, config: Mapping[str, Any]):
         try:
             import wandb
         except ImportError as error:
-            raise UserError("tracker.report_to: wandb is not installed; pip install 'lora_dist[trackers]', or leave it out") from error
+            raise UserError(
+                "tracker.report_to: wandb is not installed; pip install 'lora_dist[trackers]', or leave it out"
+            ) from error
         try:
             self._run = wandb.init(
                 project=project, name=name, dir=str(folder), id=run_id, resume="allow" if run_id else None, mode=mode,  # type: ignore[arg-type]

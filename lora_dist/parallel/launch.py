@@ -111,7 +111,9 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         raise UserError("parallel.device: found cuda, but torch sees no GPU (install a CUDA build of torch, or set cpu)")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise UserError(f"parallel.device: local rank {local_rank} has no GPU of its own, found {count}: start at most {count} a machine")
+        raise UserError(
+            f"parallel.device: local rank {local_rank} has no GPU of its own, found {count}: start at most {count} a machine"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -144,4 +146,3 @@ def close_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-

@@ -1,0 +1,172 @@
+#!/usr/bin/env python
+"""The block-masked layer: error against the dense formula, and time and memory against plain LoRA and dense-masked BA.
+
+Forms, each with the frozen base product, forward and backward:
+    base         the frozen linear alone
+    plain        PEFT's own LoRA layer (unmasked)
+    factorised   block-masked, z / u form (lora_dist)
+    dense        block-masked, masked BA rebuilt in the backward pass (lora_dist)
+    masked BA    dense masked delta under autograd, as SQFT, MaskLoRA and PERP compute it: y = x (W + mask . BA)^T
+
+All forms are timed in turn within each round, so a machine that slows down slows them all; medians over rounds, and the ratio to
+plain. Memory is what autograd keeps for the backward pass besides parameters. Usage: python scripts/bench_layer.py [--quick] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+
+from lora_dist.adapter import masked_product
+from lora_dist.adapter.layer import factorised_is_cheaper
+from lora_dist.blocks import BlockMask, grid
+
+BLOCK = 16
+CASES = [  # (dtype, width, tokens, rank)
+    ("float32", 512, 2048, 8),
+    ("float32", 1024, 2048, 8),
+    ("float32", 2048, 2048, 8),
+    ("float32", 4096, 1024, 16),
+    ("bfloat16", 512, 2048, 8),
+    ("bfloat16", 2048, 2048, 8),
+    ("bfloat16", 4096, 1024, 16),
+]
+QUICK = [("float32", 256, 512, 8), ("bfloat16", 256, 512, 8)]
+
+
+class Case:
+    """One shape: inputs, factors and every form as a callable (x) -> y."""
+
+    def __init__(self, dtype: torch.dtype, width: int, tokens: int, rank: int, device: str):
+        torch.manual_seed(0)
+        self.scale, self.rank, self.dtype = 2.0, rank, dtype
+        mask = BlockMask(torch.rand(grid((width, width), BLOCK)) > 0.5, (width, width), BLOCK)
+        kept_OI = mask.expand(device)
+        self.weight = (torch.randn(width, width, device=device) / width**0.5 * kept_OI).to(dtype)
+        self.kept_PQ, self.kept_OI = mask.kept_PQ.to(device), kept_OI
+        self.x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+        self.A = (torch.randn(rank, width, device=device) / width**0.5).requires_grad_()
+        self.B = torch.randn(width, rank, device=device).mul_(0.02).requires_grad_()
+        self.g = torch.randn(tokens, width, device=device, dtype=dtype)
+        base = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+        base.weight = nn.Parameter(self.weight, requires_grad=False)
+        self.peft = PeftLinear(base, "default", LoraConfig(r=rank, lora_alpha=2 * rank), r=rank, lora_alpha=2 * rank).to(device)
+        self.peft.lora_A["default"].weight, self.peft.lora_B["default"].weight = (
+            nn.Parameter(self.A.detach()),
+            nn.Parameter(self.B.detach()),
+        )
+
+    def base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def plain(self, x: Tensor) -> Tensor:
+        return self.peft(x)
+
+    def factorised(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + masked_product(x, self.A, self.B, self.kept_PQ, BLOCK, self.scale, factorised=True)
+
+    def dense(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) + masked_product(x, self.A, self.B, self.kept_PQ, BLOCK, self.scale, factorised=False)
+
+    def masked_ba(self, x: Tensor) -> Tensor:
+        return F.linear(x, (self.weight + (self.B @ self.A) * self.kept_OI * self.scale).to(self.dtype))
+
+    def run(self, form: Callable[[Tensor], Tensor]) -> None:
+        self.x.grad = self.A.grad = self.B.grad = None
+        form(self.x).backward(self.g)
+
+    def error(self, form: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """Relative error of the update and of the worst gradient against the dense formula in float64."""
+        x, A, B = (t.detach().double().requires_grad_() for t in (self.x, self.A, self.B))
+        exact = x @ ((B @ A) * self.kept_OI * self.scale).T
+        exact_grads = torch.autograd.grad(exact, (x, A, B), self.g.double())
+        y = form(self.x) - F.linear(self.x, self.weight)
+        grads = torch.autograd.grad(form(self.x), (self.x, self.A, self.B), self.g)
+        base_dx = self.g.double() @ self.weight.double()
+        grads = (grads[0].double() - base_dx, *grads[1:])
+        worst = max(float((m.double() - e).norm() / e.norm()) for m, e in zip(grads, exact_grads, strict=True))
+        return float((y.double() - exact).norm() / exact.norm()), worst
+
+    def saved_mib(self, form: Callable[[Tensor], Tensor]) -> float:
+        """What autograd holds between forward and backward, parameters, mask and input apart."""
+        own = {t.untyped_storage().data_ptr() for t in (self.x, self.weight, self.A, self.B, self.kept_PQ, self.kept_OI)}
+        own |= {p.untyped_storage().data_ptr() for p in self.peft.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = form(self.x)
+        del y
+        return sum(kept.values()) / 2**20
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(case: Case, forms: dict[str, Callable[[Tensor], Tensor]], rounds: int, device: str) -> dict[str, float]:
+    """Median ms a form, interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in forms}
+    for n in range(rounds + 1):
+        for name, form in forms.items():
+            synchronise(device)
+            start = time.perf_counter()
+            case.run(form)
+            synchronise(device)
+            if n:  # the first round warms up
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two small shapes")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    args = parser.parse_args()
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads; forward + backward of one layer, medians of {args.rounds}\n"
+    )
+    print("| dtype, width, tokens, rank | base ms | plain LoRA ms | factorised ms | dense ms | masked BA ms | auto picks "
+          "| factorised / plain | saved MiB: plain, factorised, dense, masked BA | error of update, of worst gradient |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, width, tokens, rank in QUICK if args.quick else CASES:
+        dtype = getattr(torch, name)
+        case = Case(dtype, width, tokens, rank, args.device)
+        forms = {
+            "base": case.base,
+            "plain": case.plain,
+            "factorised": case.factorised,
+            "dense": case.dense,
+            "masked_ba": case.masked_ba,
+        }
+        ms = measure(case, forms, args.rounds, args.device)
+        saved = [case.saved_mib(forms[f]) for f in ("plain", "factorised", "dense", "masked_ba")]
+        error, worst = case.error(case.factorised)
+        picks = "factorised" if factorised_is_cheaper((width, width), BLOCK, rank, dtype, args.device) else "dense"
+        print(
+            f"| {name}, {width}, {tokens}, {rank} | {ms['base']:.1f} | {ms['plain']:.1f} | {ms['factorised']:.1f} | {ms['dense']:.1f} "
+            f"| {ms['masked_ba']:.1f} | {picks} | {ms['factorised'] / ms['plain']:.2f} | {', '.join(f'{m:.1f}' for m in saved)} "
+            f"| {error:.0e}, {worst:.0e} |",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What tests of several rooms share: where real data lies, and a small pruned model with its text on disk."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real models and texts: `LORA_DIST_DATA`, by default shared/data beside the project."""
+    folder = Path(os.environ.get("LORA_DIST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set LORA_DIST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2-layer Llama with half of its 16x16 tiles pruned at random, stored mask and tokenizer beside it."""
+    from lora_dist.blocks import BlockMask, Pattern, grid
+    from lora_dist.models.architecture import prunable_linears
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny") / "base"
+    tokenizer = tiny_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    generator = torch.Generator().manual_seed(7)
+    masks = {}
+    for linear in prunable_linears(model):
+        shape = (linear.weight_OI.shape[0], linear.weight_OI.shape[1])
+        mask = BlockMask(torch.rand(grid(shape, 16), generator=generator) > 0.5, shape, 16)
+        linear.weight_OI.masked_fill_(~mask.expand(), 0.0)
+        masks[linear.name] = mask
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Pattern(masks).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 40 kB of sentences that a small model can learn something of."""
+    words = [
+        "the",
+        "a",
+        "river",
+        "stone",
+        "bird",
+        "sings",
+        "flows",
+        "under",
+        "over",
+        "old",
+        "new",
+        "bridge",
+        "and",
+        "then",
+        "slowly",
+        "quickly",
+        "home",
+    ]
+    generator = torch.Generator().manual_seed(11)
+    lines = []
+    for _ in range(900):
+        picks = torch.randint(len(words), (8,), generator=generator).tolist()
+        lines.append(" ".join(words[i] for i in picks) + ".")
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(lines) + "\n")
+    return file

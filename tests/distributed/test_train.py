@@ -1,0 +1,149 @@
+"""Whole runs with real processes: splits of a batch, kills and resumes, everything compared with the uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, records, run, run_killed
+
+pytestmark = pytest.mark.distributed
+
+STEPS = 12
+SPLITS = [(1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1), (2, 1, 2)]
+
+
+@pytest.fixture(scope="module")
+def runs_by_split(tiny_base, tiny_text, tmp_path_factory):
+    """The same global batch, split over processes, micro-batches and accumulation in every way."""
+    folder = tmp_path_factory.mktemp("splits")
+    for processes, micro, accumulation in SPLITS:
+        out = folder / f"{processes}-{micro}-{accumulation}"
+        run(
+            processes,
+            "train",
+            *options(
+                tiny_base,
+                tiny_text,
+                out,
+                max_steps=STEPS,
+                per_device_train_batch_size=micro,
+                gradient_accumulation_steps=accumulation,
+                adapter__lora_dropout=0,
+                eval_steps=6,
+                warmup_steps=2,
+            ),
+        )
+    return {split: folder / "-".join(map(str, split)) for split in SPLITS}
+
+
+@pytest.mark.parametrize("split", SPLITS[1:], ids=lambda s: f"{s[0]} processes, {s[1]} x {s[2]}")
+def test_how_a_batch_is_split_changes_nothing(runs_by_split, split):
+    reference, other = runs_by_split[SPLITS[0]], runs_by_split[split]
+    a, b = losses(reference), losses(other)
+    assert list(a) == list(b) == list(range(1, STEPS + 1))
+    for step in a:
+        assert b[step] == pytest.approx(a[step], rel=1e-5)
+    assert largest_relative_difference(adapter(reference), adapter(other)) < 1e-5
+    evaluations = [[row["eval_loss"] for row in records(d, "eval")] for d in (reference, other)]
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-5)
+    assert evaluations[0][-1] < evaluations[0][0]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_a_random_step_and_resumed_is_bit_identical(processes, tiny_base, tiny_text, tmp_path):
+    seed = random.randrange(2**31)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+
+    def arguments(out):
+        return [
+            "train",
+            *options(
+                tiny_base,
+                tiny_text,
+                out,
+                max_steps=20,
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                save_steps=3,
+                eval_steps=5,
+                adapter__lora_dropout=0.1,
+                lr_scheduler_type="cosine",
+                data__dataloader_num_workers=draw.choice([0, 1]),
+                logging_steps=2,
+                gradient_checkpointing=draw.choice([True, False]),
+            ),
+        ]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    draw_state = draw.getstate()
+    run(processes, *arguments(whole))
+    draw.setstate(draw_state)
+    killed_arguments = arguments(killed)
+    for _ in range(2):
+        last = max([0, *losses(killed)])
+        step = draw.randrange(last + 2, 20) if last < 17 else 18
+        run_killed(processes, lambda step=step: max([0, *losses(killed)]) >= step - 1, *killed_arguments, "--resume", "auto")
+    done = run(processes, *killed_arguments, "--resume", "auto")
+    assert "Resuming from" in done.stdout
+    assert_identical(whole, killed)
+    assert [row["eval_loss"] for row in records(whole, "eval")] == [row["eval_loss"] for row in records(killed, "eval")]
+
+
+def test_resumed_on_another_number_of_processes_equals_to_rounding(tiny_base, tiny_text, tmp_path):
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    common = {"adapter__lora_dropout": 0, "save_steps": 5, "eval_strategy": "no", "lr_scheduler_type": "constant"}
+    run(1, "train", *options(tiny_base, tiny_text, whole, max_steps=15, per_device_train_batch_size=4, **common))
+    run(2, "train", *options(tiny_base, tiny_text, moved, max_steps=5, per_device_train_batch_size=2, **common))
+    run(
+        1,
+        "train",
+        *options(tiny_base, tiny_text, moved, max_steps=10, per_device_train_batch_size=4, **common),
+        "--resume",
+        "auto",
+    )
+    run(
+        2,
+        "train",
+        *options(tiny_base, tiny_text, moved, max_steps=15, per_device_train_batch_size=2, **common),
+        "--resume",
+        "auto",
+    )
+    a, b = losses(whole), losses(moved)
+    assert list(a) == list(b)
+    assert all(b[step] == pytest.approx(a[step], rel=1e-5) for step in a)
+    assert largest_relative_difference(adapter(whole), adapter(moved)) < 1e-4
+
+
+def test_a_rank_that_finds_a_changed_base_stops_all_before_anything_is_written(tiny_base, tiny_text, tmp_path):
+    """One pruned weight of the stored base is set: refused at load, on both ranks, with layer and tile named."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from lora_dist.blocks import Pattern
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_base, broken)
+    name, mask = next((n, m) for n, m in Pattern.load(broken).items() if not m.keeps_all)
+    p, q = (~mask.kept_PQ).nonzero()[0].tolist()
+    tensors = load_file(broken / "model.safetensors")
+    tensors[f"{name}.weight"][p * mask.block, q * mask.block] = 1.0
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    done = run(2, "train", *options(broken, tiny_text, tmp_path / "out", max_steps=2), check=False)
+    assert done.returncode != 0
+    assert f"layer {name}, tile ({p}, {q})" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_both_processes_end_with_the_same_adapter_and_rank_0_alone_prints(tiny_base, tiny_text, tmp_path):
+    done = run(2, "train", *options(tiny_base, tiny_text, tmp_path / "out", max_steps=3, eval_steps=3))
+    assert done.stdout.count("***** Running training *****") == 1
+    assert done.stdout.count("LoRA Fine-tuning Complete!") == 1
+    state = json.loads((tmp_path / "out" / "checkpoint-3" / "state.json").read_text())
+    assert state["step"] == 3 and state["cursor"] == 6
+    assert all(torch.isfinite(t).all() for t in adapter(tmp_path / "out").values())
