@@ -1,0 +1,325 @@
+"""Prune a model: model, calibration text and pruning put together, and what was written proven. `lora-dist prune MODEL OUT`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora_dist.blocks import BlockMask, Pattern
+from lora_dist.data.sampler import stable_permutation
+from lora_dist.data.sources import TextSource
+from lora_dist.data.text import load_windows
+from lora_dist.log import UserError
+from lora_dist.models.architecture import decoder_layers, prunable_linears
+from lora_dist.models.export import check_output, model_bytes, prove_zeros, save_model
+from lora_dist.models.loading import LoadedBase, load_base
+from lora_dist.pruning import PruneSettings, capture, prune_layers
+
+REPORT_FILE = "pruning.json"
+MAX_SEQLEN = 2048
+"""calibration context of models that have more, as in Wanda and SparseGPT"""
+NOTABLE_GAP = 0.02
+"""distance between requested and reached sparsity that is worth a line"""
+
+# The data room names its options as `lora-dist train` does; here they are called otherwise.
+_DATA_KEYS = {
+    "data.dataset_name": "calibration",
+    "data.dataset_config_name": "calibration_config",
+    "data.block_size": "seqlen",
+    "data.text_column": "text_column",
+    "data.document_separator": "document_separator",
+    "data.special_tokens": "special_tokens",
+    "data.cache_dir": "cache_dir",
+    "model.name_or_path": "MODEL",
+    "model.config_name": "config_name",
+}
+
+
+@dataclass
+class PruneArgs:
+    """Zero the least important tiles of a model's decoder layers; writes a model directory with the pattern beside it."""
+
+    model: str = ""
+    """Directory or hub name of the model to prune."""
+    out: str = ""
+    """Directory to write; must not exist or be empty."""
+    sparsity: float = 0.5
+    """Share of the tiles of each matrix to drop, rounded down to whole tiles."""
+    block: int = 16
+    """Side of a tile."""
+    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    """What a tile is worth: the sum of |W| * ||x|| (wanda; x from the calibration text), of |W| (magnitude), or random."""
+    select: Literal["matrix", "row"] = "matrix"
+    """Drop the lowest tiles of a whole matrix, or the same number in each row of tiles."""
+    nsamples: int = 128
+    """Calibration windows, chosen at random by seed."""
+    seqlen: int | None = None
+    """Tokens a calibration window; default: the model's context, 2048 at most."""
+    calibration: str = "c4"
+    """Calibration text: hub name, directory, or files (comma-separated .txt .json .jsonl .csv .parquet)."""
+    calibration_config: str | None = None
+    """Configuration of a hub data set, such as wikitext-2-raw-v1."""
+    text_column: str = "text"
+    """Column that holds the text in JSON, CSV and parquet."""
+    document_separator: str | None = None
+    """Text that separates documents inside .txt files, such as <|endoftext|>."""
+    special_tokens: Literal["auto", "bos", "eos", "both", "none"] = "auto"
+    """Special tokens put around each document; auto: what the tokenizer itself adds."""
+    seed: int = 0
+    """Seed of the choice of windows, and of the random score."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision to compute and save in; auto: as stored."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where layers are computed, one at a time; auto: the GPU if there is one."""
+    config_name: str | None = None
+    """Where to take config and tokenizer from if the model has none of its own."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+    cache_dir: str | None = None
+    """Where tokenised text is kept; default: lora_dist/ in the Hugging Face cache."""
+
+    def problems(self) -> Iterator[str]:
+        """Every value that is out of range, one line each."""
+        for name in ("model", "out"):
+            if not getattr(self, name):
+                yield f"{name.upper()}: found nothing, expected lora-dist prune MODEL OUT"
+        if not 0 <= self.sparsity < 1:
+            yield f"sparsity: found {self.sparsity}, expected a number from 0 up to but not including 1"
+        for name, least in (("block", 1), ("nsamples", 1), ("seqlen", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                yield f"{name}: found {value}, expected {least} or more"
+        if self.score == "wanda" and not self.calibration:
+            yield "calibration: found nothing, expected a hub name, a directory or files (score=magnitude needs no text)"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            yield "device: found cuda, but torch sees no GPU"
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What was done."""
+
+    out: Path
+    pattern: Pattern
+    tiles: int
+    pruned_tiles: int
+    """each of them found exactly zero in the written files"""
+    windows: int
+    """calibration windows used; 0 for scores that need none"""
+    seqlen: int
+    calibration_digest: str | None
+    """sha256 of the calibration windows' token ids"""
+    base_fingerprint: str
+    """of the model that was pruned"""
+    time_s: float
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the decoder linears' weights that are pruned."""
+        return self.pattern.sparsity
+
+    @property
+    def tile_sparsity(self) -> float:
+        """Share of the tiles that are pruned."""
+        return self.pruned_tiles / self.tiles
+
+
+def prune_model(args: PruneArgs, *, windows_NL: Tensor | None = None, progress: bool = True) -> PruneResult:
+    """Prune, save, prove; prints a table of the layers.
+
+    Args:
+        windows_NL: int64 (N, L) calibration windows to use instead of `args.calibration` (for callers with their own text).
+        progress: show bars.
+
+    Raises:
+        UserError: bad input, all problems of the options together; nothing is written then.
+        GuardError: a pruned tile that is not zero in the written files, which are removed then.
+    """
+    problems = list(args.problems())
+    if problems:
+        raise UserError(problems)
+    check_output(args.out)
+    started = time.perf_counter()
+    try:
+        base = load_base(
+            args.model,
+            config_name=args.config_name,
+            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+            trust_remote_code=args.trust_remote_code,
+            progress=progress,
+        )
+        check_output(args.out, need_bytes=model_bytes(base.model))
+        prefix, layers = decoder_layers(base.model)
+        if args.score != "wanda":
+            windows_NL = None
+        elif windows_NL is None:
+            windows_NL = _calibration_windows(args, base)
+    except UserError as error:
+        raise _renamed(error) from error
+    calibration = None
+    if windows_NL is not None:
+        print(f"Calibration: {len(windows_NL)} windows of {windows_NL.shape[1]} tokens from {args.calibration}")
+        calibration = capture(base.model, layers, windows_NL, device=_device(args.device))
+    settings = PruneSettings(args.sparsity, args.block, args.score, args.select, args.seed)
+    with tqdm(total=len(layers), desc="Pruning layers", disable=not progress, dynamic_ncols=True) as bar:
+        pattern = prune_layers(layers, prefix, settings, calibration, on_layer=lambda _index, _masks: _tick(bar))
+    stats = pattern.stats()
+    result = PruneResult(
+        out=Path(args.out).expanduser(),
+        pattern=pattern,
+        tiles=sum(row.tiles for row in stats),
+        pruned_tiles=sum(row.pruned_tiles for row in stats),
+        windows=0 if windows_NL is None else len(windows_NL),
+        seqlen=0 if windows_NL is None else windows_NL.shape[1],
+        calibration_digest=None if windows_NL is None else hashlib.sha256(windows_NL.numpy().astype("<i8").tobytes()).hexdigest(),
+        base_fingerprint=base.fingerprint,
+        time_s=time.perf_counter() - started,
+    )
+    print(pattern_table(pattern, [linear.name for linear in prunable_linears(base.model)], prefix))
+    if abs(result.tile_sparsity - args.sparsity) > NOTABLE_GAP:
+        print(
+            f"Note: {result.tile_sparsity:.1%} of the tiles are pruned, {args.sparsity:.1%} was asked for: counts are rounded "
+            "down to whole tiles, and these matrices have few"
+        )
+    _write(base, result, args)
+    print(
+        f"✅ All {result.pruned_tiles:,} pruned tiles are exactly 0.0 in {result.out} (sparsity {result.sparsity:.2%}, pattern "
+        f"{pattern.digest[:12]}, {result.time_s:.1f} s)"
+    )
+    return result
+
+
+def _calibration_windows(args: PruneArgs, base: LoadedBase) -> Tensor:
+    """`nsamples` windows of the calibration text, chosen by seed: int64 (N, L).
+
+    Raises:
+        UserError: text that is missing or too short, windows longer than the model's context.
+    """
+    limit = getattr(base.model.config, "max_position_embeddings", None)
+    seqlen = args.seqlen or min(limit or MAX_SEQLEN, MAX_SEQLEN)
+    if limit is not None and seqlen > limit:
+        raise UserError(f"seqlen: found {seqlen}, expected at most the model's context of {limit}")
+    source = TextSource(
+        dataset_name=args.calibration,
+        dataset_config_name=args.calibration_config,
+        text_column=args.text_column,
+        document_separator=args.document_separator,
+    )
+    windows = load_windows(
+        source,
+        base.tokenizer,
+        context_length=seqlen,
+        special_tokens=args.special_tokens,
+        splits=("train",),
+        cache_dir=args.cache_dir,
+    ).splits["train"]
+    if len(windows) < args.nsamples:
+        print(
+            f"Note: the calibration text has {len(windows)} windows of {seqlen} tokens, {args.nsamples} were asked for: using all"
+        )
+    chosen = stable_permutation(len(windows), "calibration", args.seed)[: args.nsamples]
+    return torch.stack([windows[int(i)] for i in chosen])
+
+
+def _renamed(error: UserError) -> UserError:
+    """The same problems under this command's names of the options."""
+    lines = []
+    for line in error.problems:
+        for key, name in _DATA_KEYS.items():
+            line = line.replace(key, name)
+        lines.append(line)
+    return type(error)(lines)
+
+
+def _tick(bar: Any) -> None:
+    bar.update()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _write(base: LoadedBase, result: PruneResult, args: PruneArgs) -> None:
+    """Save, read again, prove."""
+    base.model.config.use_cache = base.use_cache
+    settings = {key: value for key, value in dataclasses.asdict(args).items() if key != "cache_dir"}
+    report: dict[str, Any] = {
+        "format": "lora_dist.pruning",
+        "version": 1,
+        "settings": settings,
+        "sparsity": result.sparsity,
+        "tile_sparsity": result.tile_sparsity,
+        "tiles": result.tiles,
+        "pruned_tiles": result.pruned_tiles,
+        "pattern_digest": result.pattern.digest,
+        "base_fingerprint": base.fingerprint,
+        "config_from": base.config_from,
+        "tokenizer_from": base.tokenizer_from,
+        "calibration": {"windows": result.windows, "seqlen": result.seqlen, "digest": result.calibration_digest},
+        "time_s": round(result.time_s, 1),
+        "versions": {name: version(name) for name in ("lora_dist", "torch", "transformers")},
+    }
+    transposed = {linear.name for linear in prunable_linears(base.model) if linear.transposed}
+    text = json.dumps(report, indent=1) + "\n"
+    save_model(base.model, base.tokenizer, args.out, pattern=result.pattern, extra_files={REPORT_FILE: text})
+    try:
+        zeros = prove_zeros(result.out, result.pattern, transposed=transposed)
+    except UserError:
+        shutil.rmtree(result.out)  # this call made it
+        raise
+    assert zeros == result.pruned_tiles, f"{zeros} tiles proven zero of {result.pruned_tiles}"
+
+
+def pattern_table(pattern: Pattern, names: list[str], prefix: str) -> str:
+    """One line a decoder layer: tiles pruned, sparsity, and the sparsity of each of its linears; then the total.
+
+    Args:
+        pattern: block masks by module name.
+        names: those modules, in the order of the model.
+        prefix: name of the list of decoder layers; names below it are `<prefix>.<index>.<linear>`.
+    """
+    by_layer: dict[int, dict[str, BlockMask]] = {}
+    for name in names:
+        number, linear = name.removeprefix(f"{prefix}.").split(".", 1)
+        mask = pattern[name]
+        assert isinstance(mask, BlockMask)
+        by_layer.setdefault(int(number), {})[linear] = mask
+    linears = list(dict.fromkeys(linear for masks in by_layer.values() for linear in masks))
+    shapes = [next(masks[name].shape for masks in by_layer.values() if name in masks) for name in linears]
+    rows = [["layer", "tiles pruned", "sparsity", *_short(linears)], ["", "", "", *(f"{o}x{i}" for o, i in shapes)]]
+    for index, masks in sorted(by_layer.items()):
+        rows.append([str(index), *_figures(list(masks.values())), *(_share([masks[n]]) if n in masks else "-" for n in linears)])
+    columns = [[masks[name] for masks in by_layer.values() if name in masks] for name in linears]
+    rows.append(["total", *_figures([mask for column in columns for mask in column]), *(_share(column) for column in columns)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def _short(linears: list[str]) -> list[str]:
+    """`self_attn.q_proj` -> `q_proj`, where that names one linear only (GPT-2 has two `c_proj`)."""
+    last = [name.rsplit(".", 1)[-1] for name in linears]
+    return [short if last.count(short) == 1 else name for short, name in zip(last, linears, strict=True)]
+
+
+def _figures(masks: list[BlockMask]) -> list[str]:
+    pruned, tiles = sum(int((~mask.kept_PQ).sum()) for mask in masks), sum(mask.kept_PQ.numel() for mask in masks)
+    return [f"{pruned:,}/{tiles:,}", _share(masks)]
+
+
+def _share(masks: list[BlockMask]) -> str:
+    """Share of pruned weights."""
+    return f"{1 - sum(mask.kept_elements() for mask in masks) / sum(mask.shape[0] * mask.shape[1] for mask in masks):.1%}"
