@@ -140,7 +140,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     args = parser.parse_args()
     print(
-        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads; forward + backward of one layer, medians of {args.rounds}\n"
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads; "
+        f"forward + backward of one layer, medians of {args.rounds}\n"
     )
     print("| dtype, width, tokens, rank | base ms | plain LoRA ms | factorised ms | dense ms | masked BA ms | auto picks "
           "| factorised / plain | saved MiB: plain, factorised, dense, masked BA | error of update, of worst gradient |")  # fmt: skip

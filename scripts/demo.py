@@ -181,7 +181,8 @@ def table(args: argparse.Namespace, out: Path, figures: dict[str, float], second
         say(f"{name:<28}{perplexity:>11.2f}  {state:<9}{took:>7}  {where}")
     say("-" * 84)
     say(
-        f"{report['zero_tiles']:,} pruned tiles are exactly 0.0 in the merged model; merged logits differ from the adapter's by {report['logits_error']:.0e}."
+        f"{report['zero_tiles']:,} pruned tiles are exactly 0.0 in the merged model; "
+        f"merged logits differ from the adapter's by {report['logits_error']:.0e}."
     )
     say(
         f"Recovery ran on {args.processes} processes at {rate:,.0f} tokens/s. Whole demo: {sum(seconds.values()) / 60:.1f} minutes."

@@ -69,7 +69,8 @@ def parse(cls: type[C], argv: Sequence[str], verb: Verb) -> C:
     if print_config:
         if problems:
             raise UserError(problems)
-        print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), end="")
+        values_by_name = dataclasses.asdict(config)  # type: ignore[call-overload]
+        print(yaml.safe_dump(values_by_name, sort_keys=False), end="")
         raise SystemExit(0)
     own_problems = getattr(config, "problems", lambda: ())()
     # A key that could not be read still has its default: what that default lacks is not a second problem.
@@ -84,7 +85,7 @@ def _parser(cls: type, verb: Verb) -> ArgumentParser:
     parser = ArgumentParser(prog=verb.prog, description=verb.description, exit_on_error=False, default_env=False)
     if verb.sections:
         for f in dataclasses.fields(cls):
-            parser.add_class_arguments(f.default_factory, f.name)  # type: ignore[arg-type]
+            parser.add_class_arguments(f.default_factory, f.name)
     else:
         parser.add_class_arguments(cls)
     return parser

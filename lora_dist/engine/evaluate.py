@@ -10,7 +10,7 @@ import torch
 
 from lora_dist.data.loader import eval_batches
 from lora_dist.data.sources import TextSource
-from lora_dist.data.text import load_windows
+from lora_dist.data.text import hold_out, load_windows
 from lora_dist.engine.open_model import open_model
 from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
 from lora_dist.log import UserError
@@ -39,6 +39,10 @@ class EvalArgs:
     """Special tokens put around each document."""
     block_size: int | None = None
     """Context length in tokens; default: the model's, 2048 at most."""
+    holdout_windows: int | None = None
+    """Evaluate only the windows that train holds out of this data set: its data.holdout_windows (and --seed its train.seed)."""
+    seed: int = 42
+    """Seed of the held-out windows."""
     max_samples: int | None = None
     """Use at most this many windows."""
     batch_size: int = 8
@@ -59,7 +63,7 @@ class EvalArgs:
     def problems(self) -> Iterator[str]:
         if not self.model:
             yield "MODEL: found nothing, expected the directory of a model"
-        for name in ("block_size", "max_samples", "batch_size"):
+        for name in ("block_size", "max_samples", "batch_size", "holdout_windows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name}: found {value}, expected 1 or more"
@@ -115,6 +119,8 @@ def evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[]
         raise UserError(f"split: {args.dataset_name} has no {args.split}, found {', '.join(splits)}")
     split = args.split if args.split in splits else "train"
     windows = splits[split]
+    if args.holdout_windows is not None:
+        windows = hold_out(windows, args.holdout_windows, args.seed)[1]
     if args.max_samples is not None:
         windows = windows.take(min(args.max_samples, len(windows)))
     batches = eval_batches(windows, batch_size=args.batch_size, rank=world.rank, world=world.size)

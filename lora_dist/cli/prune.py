@@ -1,0 +1,14 @@
+"""`lora-dist prune MODEL OUT`: zero the least important tiles, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lora_dist.cli.options import Verb, parse
+
+
+def main(argv: Sequence[str]) -> int:
+    from lora_dist.engine.prune import PruneArgs, prune_model
+
+    prune_model(parse(PruneArgs, argv, Verb("lora-dist prune", PruneArgs.__doc__ or "", positionals=("model", "out"))))
+    return 0
