@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from lora_dist.log import UserError, logger
@@ -93,7 +93,8 @@ def load_base(
     config = _load_config(config_from, attn_implementation, trust_remote_code)
     tokenizer = _load_tokenizer(tokenizer_from, trust_remote_code)
     facts = read_facts(source_dir, progress=progress)
-    model = _load_model(source_dir, config, dtype or facts.dtype, device, trust_remote_code)
+    generation = None if config_from.folder == source_dir else _generation_config(source_dir, config_from, config)
+    model = _load_model(source_dir, config, generation, dtype or facts.dtype, device, trust_remote_code)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise UserError(
@@ -176,7 +177,20 @@ def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
         raise UserError(f"{place.name}: the tokenizer cannot be loaded ({_line(error)})") from error
 
 
-def _load_model(source_dir: Path, config: Any, dtype: torch.dtype, device: str, trust_remote_code: bool) -> Any:
+def _generation_config(source_dir: Path, config_from: _Place, config: Any) -> GenerationConfig:
+    """What transformers would look for in a directory that has no config.json, and fail (5.23: a TypeError)."""
+    for folder in (source_dir, config_from.folder):
+        if (folder / "generation_config.json").is_file():
+            try:
+                return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"{folder}: generation_config.json cannot be used ({_line(error)})") from error
+    return GenerationConfig.from_model_config(config)
+
+
+def _load_model(
+    source_dir: Path, config: Any, generation: GenerationConfig | None, dtype: torch.dtype, device: str, trust_remote_code: bool
+) -> Any:
     # Straight to an accelerator: several processes of one machine must not hold a copy each in its memory.
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     try:
@@ -184,6 +198,7 @@ def _load_model(source_dir: Path, config: Any, dtype: torch.dtype, device: str, 
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(source_dir),
                 config=config,
+                generation_config=generation,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,

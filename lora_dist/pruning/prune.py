@@ -97,16 +97,24 @@ def prune_layers(
         raise ValueError("score wanda: found no calibration, expected the result of capture()")
     masks: dict[str, BlockMask] = {}
     for index, layer in enumerate(layers):
-        linears = find_linears(layer, f"{prefix}.{index}")
-        home = next(layer.parameters()).device
-        device = home if calibration is None else calibration.device
-        layer.to(device)  # one layer at a time, so that a model larger than the device can be pruned
-        norms = None if calibration is None else calibration.norms(index, layer, linears)
-        layer_masks = prune_linears(linears, norms, settings)
-        if calibration is not None and index + 1 < len(layers):
-            calibration.advance(index, layer)
-        layer.to(home)
+        layer_masks = _prune_layer(layer, index, prefix, settings, calibration, is_last=index + 1 == len(layers))
         masks.update(layer_masks)
         if on_layer is not None:
             on_layer(index, layer_masks)
     return Pattern(masks)
+
+
+def _prune_layer(
+    layer: nn.Module, index: int, prefix: str, settings: PruneSettings, calibration: Calibration | None, *, is_last: bool
+) -> dict[str, BlockMask]:
+    """Prune one layer and make the next one's inputs; its statistics live no longer than this call."""
+    linears = find_linears(layer, f"{prefix}.{index}")
+    if calibration is None:
+        return prune_linears(linears, None, settings)
+    home = next(layer.parameters()).device
+    layer.to(calibration.device)  # one layer at a time, so that a model larger than the device can be pruned
+    masks = prune_linears(linears, calibration.norms(index, layer, linears), settings)
+    if not is_last:
+        calibration.advance(index, layer)
+    layer.to(home)
+    return masks
