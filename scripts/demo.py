@@ -21,7 +21,7 @@ from typing import Any
 
 SCRIPTS = Path(__file__).resolve().parent
 SEPARATOR = "<|endoftext|>"
-CONTEXT = 128
+CONTEXT = 256
 
 
 def say(text: str = "") -> None:
@@ -86,7 +86,7 @@ def run_steps(args: argparse.Namespace, out: Path) -> dict[str, float]:
         make += ["--steps", str(args.dense_steps)]
     prune = [
         *module, "prune", str(dense), str(pruned), "--sparsity", "0.5", "--block", "16", "--score", "wanda", "--nsamples", "64",
-        "--seqlen", str(CONTEXT), "--calibration", str(dense / "train.txt"), "--document_separator", SEPARATOR,
+        "--seqlen", str(CONTEXT), "--calibration", str(dense / "train.txt"), "--document_separator", SEPARATOR, "--special_tokens", "both",
     ]  # fmt: skip
     launcher = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(args.processes), "-m", "lora_dist"]
     threads = max(1, (os.cpu_count() or 1) // args.processes)
@@ -95,8 +95,9 @@ def run_steps(args: argparse.Namespace, out: Path) -> dict[str, float]:
         *(launcher if args.processes > 1 else module), "train", "--model.name_or_path", str(pruned), "--adapter.mask", "block",
         "--adapter.r", "16", "--adapter.lora_alpha", "32", "--adapter.lora_dropout", "0", "--adapter.target_modules", "all-linear",
         "--data.dataset_name", str(dense / "train.txt"), "--data.validation_file", str(dense / "valid.txt"),
-        "--data.document_separator", SEPARATOR, "--data.block_size", str(CONTEXT), "--data.cache_dir", str(out / "cache"),
-        "--train.output_dir", str(run), "--train.max_steps", str(args.steps), "--train.per_device_train_batch_size", "8",
+        "--data.document_separator", SEPARATOR, "--data.special_tokens", "both", "--data.block_size", str(CONTEXT),
+        "--data.cache_dir", str(out / "cache"),
+        "--train.output_dir", str(run), "--train.max_steps", str(args.steps), "--train.per_device_train_batch_size", "4",
         "--train.gradient_accumulation_steps", str(accumulation), "--train.learning_rate", "3e-3", "--train.lr_scheduler_type", "cosine",
         "--train.warmup_steps", "10", "--train.eval_steps", "50", "--train.save_steps", "50", "--resume", "auto",
     ]  # fmt: skip
@@ -112,14 +113,20 @@ def run_steps(args: argparse.Namespace, out: Path) -> dict[str, float]:
         again(pruned)
         command(prune)
 
+    def train_step() -> None:
+        """Goes on where an interrupted demo stopped, if it was the same one."""
+        begun, settings = out / ".recovery.begun", shlex.join([*make, *prune, *train])
+        if not begun.exists() or begun.read_text() != settings:
+            again(run)
+            begun.write_text(settings)
+        command(train, OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="PASSIVE")
+
     def merge_step() -> None:
         again(merged)
         command(merge)
 
     seconds["prune"] = step(out, "prune half of its 16x16 tiles", make + prune, prune_step)
-    seconds["train"] = step(
-        out, "recover it with block-masked LoRA", make + prune + train, lambda: command(train, OMP_NUM_THREADS=str(threads))
-    )
+    seconds["train"] = step(out, "recover it with block-masked LoRA", make + prune + train, train_step)
     seconds["merge"] = step(out, "merge", make + prune + train + merge, merge_step)
     return seconds
 
@@ -142,8 +149,8 @@ def evaluate_all(out: Path) -> dict[str, float]:
         ("merged", str(out / "merged"), None),
     ):
         arguments = EvalArgs(
-            model=model, adapter=adapter, dataset_name=str(out / "dense" / "test.txt"), document_separator=SEPARATOR, block_size=CONTEXT,
-            cache_dir=str(out / "cache"),
+            model=model, adapter=adapter, dataset_name=str(out / "dense" / "test.txt"), document_separator=SEPARATOR, special_tokens="both",
+            block_size=CONTEXT, cache_dir=str(out / "cache"),
         )  # fmt: skip
         figures[name] = evaluate(arguments, World(), lambda batches: lambda: None).result.perplexity
         say(f"  {name}: perplexity {figures[name]:.2f}")

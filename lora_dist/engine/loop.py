@@ -314,7 +314,11 @@ class Loop:
         return strategy == "steps" and self.state.step % every == 0
 
     def _evaluation_due(self, epoch_ends: bool) -> bool:
-        return self.parts.eval_windows is not None and self._due(self.train.eval_strategy, self.train.eval_steps, epoch_ends)
+        """The last step is always evaluated, so that the best adapter is chosen among all that were trained."""
+        last = self.state.step == self.parts.total_steps
+        return self.parts.eval_windows is not None and (
+            last or self._due(self.train.eval_strategy, self.train.eval_steps, epoch_ends)
+        )
 
     def _out_of_patience(self) -> bool:
         patience = self.train.early_stopping_patience

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,9 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         base_fingerprint=base.fingerprint,
     )
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with warnings.catch_warnings():  # transformers 5.23 renames it, 5.17 has this name only
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     console.adapter_applied(*model.get_nb_trainable_parameters())
     if pattern is not None:
         console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
