@@ -8,8 +8,8 @@
 down each block row first and no second O x I tensor is made.
 
 Edge tiles: a plain sum, so a smaller edge tile counts what it holds and no more. A pattern drops a number of *tiles*, each of
-which saves one tile's product whatever its size, so the sum is what is lost for one unit of work saved; a mean would keep thin
-edge tiles that carry little and drop full ones that carry more. (Measured both ways in docs: see `tests/pruning/test_real.py`.)
+which saves one tile's product whatever its size, so the sum is what is lost for one unit of work saved. On stories260K, whose edge
+tiles are 12 wide, a mean gave perplexity 90 for the sum's 49 at 20%, and 1,000 for the sum's 2,100 at 50%: neither is better.
 
 Shapes: O/I out/in features, b block side, P = ceil(O/b), Q = ceil(I/b). Called by `pruning/prune.py`.
 """
