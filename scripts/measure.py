@@ -25,6 +25,7 @@ ADAPTERS = {
     "plain LoRA on q, v": ["--adapter.mask=none", "--adapter.target_modules=q_proj,v_proj"],
     "plain LoRA on all linears": ["--adapter.mask=none"],
     "block-masked LoRA on all linears": ["--adapter.mask=block"],
+    "the same on two processes": ["--adapter.mask=block"],
     "block-masked LoRA, r=32, alpha=64": ["--adapter.mask=block", "--adapter.r=32", "--adapter.lora_alpha=64"],
 }
 
@@ -47,6 +48,8 @@ class Subject:
     """trained on the base pruned to half"""
     reference: dict[str, tuple[float, ...]]
     """row -> perplexity, after merging, after merging and re-applying the mask"""
+    through_w1: bool = False
+    """train through scripts/run_lora_finetune_block.sh instead of lora-dist train"""
 
 
 def subjects(data: Path) -> dict[str, Subject]:
@@ -60,7 +63,7 @@ def subjects(data: Path) -> dict[str, Subject]:
             evaluation=(f"--dataset_name={stories}", "--holdout_windows=200", *separator),
             context=256,
             pruned=((0.5, "matrix"), (0.2, "matrix"), (0.2, "row")),
-            adapters=tuple(ADAPTERS)[:3],
+            adapters=tuple(ADAPTERS)[:4],
             reference={
                 "dense": (4.37,),
                 "50% pruned, per matrix": (2339.7,),
@@ -79,6 +82,7 @@ def subjects(data: Path) -> dict[str, Subject]:
             context=256,
             pruned=tuple((s, how) for how in ("matrix", "row") for s in (0.2, 0.3, 0.5)),
             adapters=tuple(ADAPTERS),
+            through_w1=True,
             reference={
                 "dense": (38.0,),
                 "20% pruned, per matrix": (53.9,),
@@ -102,9 +106,10 @@ class Measurement:
     def __init__(self, subject: Subject, config: Path, out: Path, extra: list[str]):
         self.subject, self.config, self.out, self.extra = subject, config, out, extra
 
-    def command(self, *argv: str) -> None:
-        print("$ lora-dist " + shlex.join(argv), flush=True)
-        done = subprocess.run([sys.executable, "-m", "lora_dist", *argv], cwd=ROOT)
+    def command(self, *argv: str, processes: int = 1) -> None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+        print("$ " + (f"torchrun --nproc_per_node {processes} -m lora_dist " if torchrun else "lora-dist ") + shlex.join(argv), flush=True)
+        done = subprocess.run([sys.executable, *torchrun, "-m", "lora_dist", *argv], cwd=ROOT)
         if done.returncode != 0:
             raise SystemExit(f"measure: the command above failed (exit {done.returncode})")
 
@@ -130,11 +135,29 @@ class Measurement:
     def adapter(self, base: Path, name: str) -> Path:
         folder = self.out / "".join(c if c.isalnum() else "-" for c in name)
         if not (folder / "adapter_model.safetensors").exists():
-            self.command(
-                "train", "--config", str(self.config), f"--model.name_or_path={base}", f"--data.dataset_name={self.subject.text}",
-                f"--train.output_dir={folder}", *ADAPTERS[name], *self.extra, "--resume=auto",
-            )  # fmt: skip
+            processes = 2 if "two processes" in name else 1
+            if self.subject.through_w1:
+                self.through_w1(base, folder, ADAPTERS[name], processes)
+            else:
+                self.command(
+                    "train", "--config", str(self.config), f"--model.name_or_path={base}", f"--data.dataset_name={self.subject.text}",
+                    f"--train.output_dir={folder}", f"--train.per_device_train_batch_size={16 // processes}", *ADAPTERS[name], *self.extra,
+                    "--resume=auto", processes=processes,
+                )  # fmt: skip
         return folder
+
+    def through_w1(self, base: Path, folder: Path, adapter: list[str], processes: int) -> None:
+        """The guide's script; what it has no variable for follows as options of lora-dist train."""
+        variables = {
+            "PRUNED_MODEL": str(base), "DATASET": self.subject.text, "OUTPUT_DIR": str(folder), "NPROC": str(processes),
+            "BLOCK_SIZE": str(self.subject.context), "BATCH_SIZE": str(16 // processes), "EVAL_BATCH_SIZE": "16", "MAX_EVAL_SAMPLES": "200",
+            "LEARNING_RATE": "3e-3", "LORA_TARGET_MODULES": "all-linear", "LORA_DROPOUT": "0",
+        }  # fmt: skip
+        argv = ["scripts/run_lora_finetune_block.sh", "--config", str(self.config), *adapter, *self.extra]
+        print("$ " + " ".join(f"{k}={shlex.quote(v)}" for k, v in variables.items()) + " " + shlex.join(argv), flush=True)
+        done = subprocess.run(["bash", *argv], cwd=ROOT, env={**os.environ, **variables, "PYTHON": sys.executable})
+        if done.returncode != 0:
+            raise SystemExit(f"measure: the command above failed (exit {done.returncode})")
 
     def merged(self, base: Path, adapter: Path, how: str) -> Path:
         folder = self.out / f"{adapter.name}-merged{how}"
@@ -188,7 +211,7 @@ def main() -> int:
     print("\n| | perplexity | after merging | after merging and re-applying the mask | the same by an independent script |")
     print("|---|---|---|---|---|")
     for name, figures in rows:
-        theirs = " / ".join(f"{value:g}" for value in subject.reference[name])
+        theirs = " / ".join(f"{value:g}" for value in subject.reference.get(name, ()))
         print(f"| {name} | {' | '.join([*figures, '', ''][:3])} | {theirs} |")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -65,10 +66,8 @@ def run_killed(processes: int, when: Callable[[], bool], *argv: str, timeout_s: 
     finally:
         # torchrun starts its workers in sessions of their own: end every process below it by id
         for pid in [*_descendants(process.pid), process.pid]:
-            try:
+            with contextlib.suppress(ProcessLookupError):  # gone already, which is what was wanted
                 os.kill(pid, 9)
-            except ProcessLookupError:
-                pass  # gone already, which is what was wanted
         process.wait()
 
 

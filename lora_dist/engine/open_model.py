@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lora_dist.adapter import is_masked, load_adapter, read_adapter_config
+from lora_dist.blocks import Pattern
 from lora_dist.engine.pattern import FoundPattern, base_pattern
 from lora_dist.models.loading import LoadedBase, load_base
 
@@ -46,8 +47,10 @@ def open_model(
         UserError: something is missing or broken.
         GuardError: the adapter belongs to another base, or another pattern.
     """
-    if adapter is not None:
-        block = getattr(getattr(read_adapter_config(adapter), "_pattern", None), "block", block)  # fail before loading gigabytes
+    if adapter is not None:  # read first: what is wrong with it should not cost the loading of gigabytes
+        trained_with: Pattern | None = getattr(read_adapter_config(adapter), "_pattern", None)
+        if trained_with is not None and trained_with.kind == "block":
+            block = trained_with.block
     base = load_base(
         name_or_path, config_name=config_name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
     )

@@ -52,4 +52,4 @@ class WandbSink:
         self._run.log({"train/global_step": step, **values})
 
     def finish(self, exit_code: int = 0) -> None:
-        self._run.finish(exit_code=exit_code, quiet=True)
+        self._run.finish(exit_code=exit_code)
