@@ -8,7 +8,7 @@ and keeps its traceback.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger("lora_dist")
 
@@ -23,6 +23,15 @@ class UserError(ValueError):
     def __init__(self, problems: str | Iterable[str]):
         self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+    def renamed(self, names: Mapping[str, str]) -> UserError:
+        """The same problems with options under other names: a command's own, instead of those of `lora-dist train`."""
+        lines = []
+        for line in self.problems:
+            for key, name in names.items():
+                line = line.replace(key, name)
+            lines.append(line)
+        return type(self)(lines)
 
     def __reduce__(self) -> tuple[type[UserError], tuple[list[str]]]:
         return type(self), (self.problems,)  # travels between processes, whatever its class

@@ -17,7 +17,9 @@ from lora_dist.log import UserError
 
 def make_parser() -> argparse.ArgumentParser:
     """The guide's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="model directory or hub name")
     parser.add_argument("--sparsity_ratio", default="0.5", help="share of the tiles to drop (default 0.5)")
     parser.add_argument("--block_size", default="16", help="side of a tile: 8, 16, 32, ... (default 16)")

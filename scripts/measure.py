@@ -108,7 +108,10 @@ class Measurement:
 
     def command(self, *argv: str, processes: int = 1) -> None:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-        print("$ " + (f"torchrun --nproc_per_node {processes} -m lora_dist " if torchrun else "lora-dist ") + shlex.join(argv), flush=True)
+        print(
+            "$ " + (f"torchrun --nproc_per_node {processes} -m lora_dist " if torchrun else "lora-dist ") + shlex.join(argv),
+            flush=True,
+        )
         done = subprocess.run([sys.executable, *torchrun, "-m", "lora_dist", *argv], cwd=ROOT)
         if done.returncode != 0:
             raise SystemExit(f"measure: the command above failed (exit {done.returncode})")
@@ -201,7 +204,10 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(os.environ.get("LORA_DIST_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not folder.is_dir():
-        print(f"measure: found no folder {folder}, expected the real data; set LORA_DIST_DATA (README names its sources)", file=sys.stderr)
+        print(
+            f"measure: found no folder {folder}, expected the real data; set LORA_DIST_DATA (README names its sources)",
+            file=sys.stderr,
+        )
         return 2
     subject = subjects(folder)[args.subject]
     out = (args.out or ROOT / "out" / f"measure-{args.subject}{'-quick' if args.quick else ''}").resolve()

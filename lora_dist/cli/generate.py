@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lora_dist.cli.options import Verb, parse
+from lora_dist.cli.options import Verb, names, parse
 
 
 @dataclass
@@ -60,14 +60,15 @@ def main(argv: Sequence[str]) -> int:
     from lora_dist.generation import generate
     from lora_dist.parallel import init_world
 
-    opened = open_model(
-        args.model,
-        args.adapter,
-        config_name=args.config_name,
-        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-        device=str(init_world(device=args.device).device),
-        trust_remote_code=args.trust_remote_code,
-    )
+    with names(model_name_or_path="MODEL", model_config_name="config_name"):
+        opened = open_model(
+            args.model,
+            args.adapter,
+            config_name=args.config_name,
+            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+            device=str(init_world(device=args.device).device),
+            trust_remote_code=args.trust_remote_code,
+        )
     texts = generate(
         opened.model,
         opened.base.tokenizer,

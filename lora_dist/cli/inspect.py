@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_dist.cli.options import Verb, parse
+from lora_dist.cli.options import Verb, names, parse
 
 
 def main(argv: Sequence[str]) -> int:
     from lora_dist.engine.inspect import InspectArgs, inspect
 
     args = parse(InspectArgs, argv, Verb("lora-dist inspect", InspectArgs.__doc__ or "", positionals=("path",)))
-    found = inspect(args)
+    with names(model_name_or_path="PATH", model_config_name="config_name"):
+        found = inspect(args)
     print(f"{found.what}: {args.path}")
     for fact in found.facts:
         print(f"  {fact}")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lora_dist.cli.options import Verb, parse
+from lora_dist.cli.options import Verb, names, parse
 
 
 def main(argv: Sequence[str]) -> int:
     from lora_dist.engine.merge import MergeArgs, merge
 
     verb = Verb("lora-dist merge", MergeArgs.__doc__ or "", positionals=("base", "adapter", "out"))
-    report = merge(parse(MergeArgs, argv, verb))
+    args = parse(MergeArgs, argv, verb)
+    with names(model_name_or_path="BASE", model_config_name="config_name"):
+        report = merge(args)
     if report.pattern_digest:
         print(
             f"✅ Pattern kept: all {report.zero_tiles:,} pruned tiles are exactly 0.0 in {report.out} (digest {report.pattern_digest[:12]})"

@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -79,6 +80,19 @@ def parse(cls: type[C], argv: Sequence[str], verb: Verb) -> C:
     if problems:
         raise UserError(problems)
     return config
+
+
+@contextmanager
+def names(**own: str) -> Iterator[None]:
+    """Rooms below name options as `lora-dist train` does; within this block their errors name this command's own.
+
+    Args:
+        own: what `model_name_or_path` and `model_config_name` are called here.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise error.renamed({key.replace("model_", "model.", 1): name for key, name in own.items()}) from error
 
 
 def _parser(cls: type, verb: Verb) -> ArgumentParser:

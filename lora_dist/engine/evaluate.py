@@ -80,12 +80,26 @@ class EvalReport:
     split: str
 
 
+# The rooms below name options as `lora-dist train` does; here they are called otherwise.
+_KEYS = {"data.": "", "model.name_or_path": "MODEL", "model.config_name": "config_name"}
+
+
 def evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[], None]]) -> EvalReport:
     """Evaluate. Collective.
 
     Args:
         progress: given the number of batches, returns what to call after each.
+
+    Raises:
+        UserError: something is missing, broken or does not fit together.
     """
+    try:
+        return _evaluate(args, world, progress)
+    except UserError as error:
+        raise error.renamed(_KEYS) from error
+
+
+def _evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[], None]]) -> EvalReport:
     with world.main_first():
         opened = open_model(
             args.model,

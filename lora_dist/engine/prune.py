@@ -167,7 +167,7 @@ def prune_model(args: PruneArgs, *, windows_NL: Tensor | None = None, progress: 
         elif windows_NL is None:
             windows_NL = _calibration_windows(args, base)
     except UserError as error:
-        raise _renamed(error) from error
+        raise error.renamed(_DATA_KEYS) from error
     calibration = None
     if windows_NL is not None:
         print(f"Calibration: {len(windows_NL)} windows of {windows_NL.shape[1]} tokens from {args.calibration}")
@@ -231,16 +231,6 @@ def _calibration_windows(args: PruneArgs, base: LoadedBase) -> Tensor:
         )
     chosen = stable_permutation(len(windows), "calibration", args.seed)[: args.nsamples]
     return torch.stack([windows[int(i)] for i in chosen])
-
-
-def _renamed(error: UserError) -> UserError:
-    """The same problems under this command's names of the options."""
-    lines = []
-    for line in error.problems:
-        for key, name in _DATA_KEYS.items():
-            line = line.replace(key, name)
-        lines.append(line)
-    return type(error)(lines)
 
 
 def _tick(bar: Any) -> None:

@@ -27,7 +27,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_keeps_the_checkpoints(small_disk, tiny_base, tiny_text):
     out = small_disk / "out"
-    done = run(1, "train", *options(tiny_base, tiny_text, out, max_steps=40, save_steps=2, eval_strategy="no", save_total_limit=40), check=False)
+    done = run(
+        1,
+        "train",
+        *options(tiny_base, tiny_text, out, max_steps=40, save_steps=2, eval_strategy="no", save_total_limit=40),
+        check=False,
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "No space left on device" in done.stderr and "earlier checkpoints are untouched" in done.stderr
     kept = [path for _, path in list_checkpoints(out)]
@@ -50,8 +55,13 @@ def test_out_of_memory_ends_in_advice_instead_of_a_traceback(tiny_base, tiny_tex
         tiny_base, tiny_text, tmp_path / "out", max_steps=1, eval_strategy="no", per_device_train_batch_size=60000, data__block_size=64,
         data__holdout_windows=1,
     )  # fmt: skip
-    code = "import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\nfrom lora_dist.__main__ import main\nsys.exit(main())"
-    done = subprocess.run([sys.executable, "-c", code, "train", *values], capture_output=True, text=True, cwd=ROOT, env=environment())
+    code = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))\n"
+        "from lora_dist.__main__ import main\nsys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", *values], capture_output=True, text=True, cwd=ROOT, env=environment()
+    )
     assert done.returncode == 1, done.stderr
     assert "❌ Out of memory while training" in done.stderr and "Traceback" not in done.stderr
     assert "--train.per_device_train_batch_size 30000" in done.stderr

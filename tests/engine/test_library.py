@@ -22,8 +22,20 @@ class Rows(torch.utils.data.Dataset):
 
 
 def trainer(model, folder, callback, **changes) -> Trainer:
-    arguments = {"max_steps": 12, "learning_rate": 1e-2, "logging_steps": 1, "per_device_train_batch_size": 8, "report_to": [], "use_cpu": True}
-    return Trainer(model, TrainingArguments(str(folder), save_strategy="no", **{**arguments, **changes}), train_dataset=Rows(), callbacks=[callback])
+    arguments = {
+        "max_steps": 12,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 8,
+        "report_to": [],
+        "use_cpu": True,
+    }
+    return Trainer(
+        model,
+        TrainingArguments(str(folder), save_strategy="no", **{**arguments, **changes}),
+        train_dataset=Rows(),
+        callbacks=[callback],
+    )
 
 
 def load(tiny_base):

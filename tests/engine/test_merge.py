@@ -24,7 +24,9 @@ def adapters(tiny_base, tiny_text, tmp_path_factory):
     """A masked and a plain adapter on the same base."""
     folder = tmp_path_factory.mktemp("adapters")
     for name, mask in (("masked", "block"), ("plain", "none")):
-        values = options(tiny_base, tiny_text, folder / name, max_steps=5, eval_strategy="no", save_strategy="no", adapter__mask=mask)
+        values = options(
+            tiny_base, tiny_text, folder / name, max_steps=5, eval_strategy="no", save_strategy="no", adapter__mask=mask
+        )
         train_verb.run(parse(RunConfig, values, train_verb.VERB))
     return folder
 

@@ -57,7 +57,16 @@ def test_a_run_leaves_adapter_tokenizer_config_log_and_metrics(tiny_base, tiny_t
 
 def test_the_final_adapter_is_the_best_and_not_the_last(tiny_base, tiny_text, tmp_path):
     """A rate so high that the loss gets worse again."""
-    train(tiny_base, tiny_text, tmp_path / "out", max_steps=8, eval_steps=1, learning_rate=0.3, lr_scheduler_type="constant", save_total_limit=2)
+    train(
+        tiny_base,
+        tiny_text,
+        tmp_path / "out",
+        max_steps=8,
+        eval_steps=1,
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        save_total_limit=2,
+    )
     evaluations = {row["step"]: row["eval_loss"] for row in records(tmp_path / "out", "eval")}
     best = min(evaluations, key=evaluations.get)
     assert 0 < best < 8, f"the test needs a run that gets worse again: {evaluations}"
@@ -67,7 +76,13 @@ def test_the_final_adapter_is_the_best_and_not_the_last(tiny_base, tiny_text, tm
 
 
 def test_early_stopping_stops(tiny_base, tiny_text, tmp_path):
-    changes = {"max_steps": 30, "eval_steps": 1, "learning_rate": 0.3, "lr_scheduler_type": "constant", "early_stopping_patience": 2}
+    changes = {
+        "max_steps": 30,
+        "eval_steps": 1,
+        "learning_rate": 0.3,
+        "lr_scheduler_type": "constant",
+        "early_stopping_patience": 2,
+    }
     train(tiny_base, tiny_text, tmp_path / "out", **changes)
     evaluations = {row["step"]: row["eval_loss"] for row in records(tmp_path / "out", "eval")}
     best = min(evaluations, key=evaluations.get)
@@ -107,13 +122,22 @@ def test_losses_equal_a_plain_loop_of_transformers_and_peft(tiny_base, tiny_text
     from lora_dist.data.sampler import epoch_order
     from lora_dist.data.text import TextSource, hold_out, load_windows
 
-    changes = {**quick, "per_device_train_batch_size": 4, "adapter__mask": "none", "adapter__lora_dropout": 0, "lr_scheduler_type": "constant"}
+    changes = {
+        **quick,
+        "per_device_train_batch_size": 4,
+        "adapter__mask": "none",
+        "adapter__lora_dropout": 0,
+        "lr_scheduler_type": "constant",
+    }
     train(tiny_base, tiny_text, tmp_path / "out", **changes, weight_decay=0.1)
     model = AutoModelForCausalLM.from_pretrained(tiny_base)
     torch.manual_seed(42)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     windows = load_windows(
-        TextSource(str(tiny_text)), AutoTokenizer.from_pretrained(tiny_base), context_length=32, cache_dir=str(tiny_text.parent / "cache")
+        TextSource(str(tiny_text)),
+        AutoTokenizer.from_pretrained(tiny_base),
+        context_length=32,
+        cache_dir=str(tiny_text.parent / "cache"),
     ).splits["train"]
     order = epoch_order(len(windows), 42, 0).tolist()
     assert len(hold_out(windows, 16, 42)[0]) == len(windows) - 16
@@ -154,7 +178,14 @@ def test_fp16_resumes_with_its_scale_bit_for_bit(tiny_base, tiny_text, tmp_path)
 
 
 def test_a_resumed_schedule_goes_on_where_it_was(tiny_base, tiny_text, tmp_path):
-    common = {"max_steps": 12, "eval_steps": 4, "save_steps": 2, "lr_scheduler_type": "cosine", "warmup_ratio": 0.3, "save_total_limit": 10}
+    common = {
+        "max_steps": 12,
+        "eval_steps": 4,
+        "save_steps": 2,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.3,
+        "save_total_limit": 10,
+    }
     train(tiny_base, tiny_text, tmp_path / "whole", **common)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     train(tiny_base, tiny_text, tmp_path / "parts", **common, resume_from_checkpoint=tmp_path / "parts" / "checkpoint-6")
@@ -214,7 +245,9 @@ def test_a_base_without_block_sparsity(tiny_base, tiny_text, tmp_path, quick):
 
 def test_sizes_and_names_that_do_not_fit(tiny_base, tiny_text, tmp_path, quick):
     out = tmp_path / "out"
-    assert "data.block_size: found 65, expected at most the model's context of 64" in refused(tiny_base, tiny_text, out, **quick, data__block_size=65)
+    assert "data.block_size: found 65, expected at most the model's context of 64" in refused(
+        tiny_base, tiny_text, out, **quick, data__block_size=65
+    )
     short = tmp_path / "short.txt"
     short.write_text("too short")
     assert "data.block_size" in refused(tiny_base, short, out, **quick)
@@ -301,7 +334,9 @@ def test_other_architectures_train_and_merge(kind, tiny_text, tmp_path, quick):
 
     tiny_model(kind, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
-    prune_model(PruneArgs(model=str(tmp_path / "dense"), out=str(tmp_path / "pruned"), score="magnitude", block=8), progress=False)
+    prune_model(
+        PruneArgs(model=str(tmp_path / "dense"), out=str(tmp_path / "pruned"), score="magnitude", block=8), progress=False
+    )
     train(tmp_path / "pruned", tiny_text, tmp_path / "out", **quick, adapter__mask="block", adapter__block=8)
     report = merge(MergeArgs(base=str(tmp_path / "pruned"), adapter=str(tmp_path / "out"), out=str(tmp_path / "merged")))
     assert report.zero_tiles > 0 and report.logits_error < 1e-5

@@ -65,7 +65,9 @@ def test_metrics_after_the_resumed_step_are_dropped_with_a_cut_off_line(tmp_path
 def test_out_of_memory_advice_names_this_runs_own_options():
     common = {"block_size": 1024, "accumulation": 1, "rank": 8, "where": "while training", "peak_gib": 79.0}
     text = out_of_memory(**common, gradient_checkpointing=False, micro_batch=4)
-    assert "--data.block_size 512" in text and "--train.per_device_train_batch_size 2 --train.gradient_accumulation_steps 2" in text
+    assert (
+        "--data.block_size 512" in text and "--train.per_device_train_batch_size 2 --train.gradient_accumulation_steps 2" in text
+    )
     assert "--adapter.r 4" in text and "--train.gradient_checkpointing true" in text and "peak 79.0 GiB" in text
     text = out_of_memory(**{**common, "rank": 4}, gradient_checkpointing=True, micro_batch=1)
     assert "gradient_checkpointing" not in text and "per_device_train_batch_size" not in text and "--adapter.r" not in text

@@ -57,11 +57,24 @@ def test_an_offline_run_holds_every_series_and_goes_on_in_the_same_run_after_a_k
     out = tmp_path / "out"
     arguments = [
         "train",
-        *options(tiny_base, tiny_text, out, max_steps=12, eval_steps=4, save_steps=4, tracker__report_to="wandb", tracker__wandb_mode="offline"),
+        *options(
+            tiny_base,
+            tiny_text,
+            out,
+            max_steps=12,
+            eval_steps=4,
+            save_steps=4,
+            tracker__report_to="wandb",
+            tracker__wandb_mode="offline",
+        ),
         "--resume",
         "auto",
     ]
-    run_killed(1, lambda: (out / "checkpoint-4" / "manifest.json").exists() and '"step": 6, ' in (out / "metrics.jsonl").read_text(), *arguments)
+    run_killed(
+        1,
+        lambda: (out / "checkpoint-4" / "manifest.json").exists() and '"step": 6, ' in (out / "metrics.jsonl").read_text(),
+        *arguments,
+    )
     run(1, *arguments)
     folders = sorted((out / "wandb").glob("offline-run-*"), key=lambda p: p.stat().st_mtime)
     assert len(folders) == 2
@@ -71,7 +84,14 @@ def test_an_offline_run_holds_every_series_and_goes_on_in_the_same_run_after_a_k
     resumed_at = min(row["train/global_step"] for row in rows) - 1
     assert resumed_at in (4, 8) and max(row["train/global_step"] for row in rows) == 12
     keys = set().union(*rows)
-    assert {"train/loss", "train/learning_rate", "train/tokens_per_s", "train/grad_norm", "eval/eval_loss", "eval/perplexity"} <= keys
+    assert {
+        "train/loss",
+        "train/learning_rate",
+        "train/tokens_per_s",
+        "train/grad_norm",
+        "eval/eval_loss",
+        "eval/perplexity",
+    } <= keys
     state = json.loads((out / "checkpoint-12" / "state.json").read_text())
     assert state["tracker_run_id"] == read[0][0]
 

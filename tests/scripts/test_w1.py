@@ -43,7 +43,8 @@ CONSOLE = [
     r"  perplexity = [\d.]+", r"  epoch = 1\.0", r"✅ Final Perplexity: [\d.]+", r"   \(Improved from [\d.]+ → [\d.]+, reduction: \d+\.\d\d%\)",
     "Saving model checkpoint to .*out$", "Configuration saved in .*/out/adapter_config.json",
     "Model weights saved in .*/out/adapter_model.safetensors", "Tokenizer saved in .*/out/tokenizer_config.json",
-    r"\*{5} Training summary \*{5}", "  Total steps: 10", r"  Total time: 0:0\d:\d\d", r"  Final train loss: [\d.]+", r"  Final eval loss: [\d.]+",
+    r"\*{5} Training summary \*{5}", "  Total steps: 10", r"  Total time: 0:0\d:\d\d", r"  Final train loss: [\d.]+",
+    r"  Final eval loss: [\d.]+",
     r"  Final perplexity: [\d.]+", "  Best checkpoint: checkpoint-10", r"={40}", "LoRA Fine-tuning Complete!", r"={40}",
     "LoRA weights saved to: .*/out$", "Next steps:", "1. Evaluate the fine-tuned model:", "./scripts/evaluate_lora_block.sh",
     "2. Merge it, pattern kept:  lora-dist merge ", r"={40}",
@@ -53,7 +54,9 @@ CONSOLE = [
 def shell(script: str, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Output and errors as `tee` would see them, in one stream."""
     env = environment(PYTHON=sys.executable, **variables)
-    return subprocess.run(["bash", str(ROOT / "scripts" / script), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+    )
 
 
 def variables(base: Path, text: Path, out: Path) -> dict[str, str]:
@@ -75,7 +78,9 @@ def assert_in_order(text: str, patterns: list[str]) -> None:
 @pytest.fixture(scope="module")
 def finished(tiny_base, tiny_text, tmp_path_factory):
     out = tmp_path_factory.mktemp("w1") / "out"
-    done = shell("run_lora_finetune_block.sh", "--data.cache_dir", str(out.parent / "cache"), **variables(tiny_base, tiny_text, out))
+    done = shell(
+        "run_lora_finetune_block.sh", "--data.cache_dir", str(out.parent / "cache"), **variables(tiny_base, tiny_text, out)
+    )
     assert done.returncode == 0, done.stdout
     return out, done.stdout
 
@@ -85,7 +90,7 @@ def test_the_console_shows_the_guides_lines_in_its_order(finished):
 
 
 def test_the_log_holds_the_same_lines(finished):
-    out, console = finished
+    out, _ = finished
     log = (out / "train.log").read_text()
     start = next(i for i, pattern in enumerate(CONSOLE) if "Model loaded" in pattern)
     assert_in_order(log, CONSOLE[start:])
@@ -98,7 +103,9 @@ def test_the_log_holds_the_same_lines(finished):
 def test_a_second_run_moves_the_first_aside_and_uses_the_cached_text(finished, tiny_base, tiny_text):
     out, _ = finished
     first = (out / "adapter_model.safetensors").read_bytes()
-    done = shell("run_lora_finetune_block.sh", "--data.cache_dir", str(out.parent / "cache"), **variables(tiny_base, tiny_text, out))
+    done = shell(
+        "run_lora_finetune_block.sh", "--data.cache_dir", str(out.parent / "cache"), **variables(tiny_base, tiny_text, out)
+    )
     assert done.returncode == 0, done.stdout
     assert "Found cached dataset" in done.stdout and "moved the older run aside" in done.stdout
     (aside,) = out.parent.glob("out.old-*")
@@ -124,7 +131,9 @@ def test_a_missing_model_is_refused_before_anything_runs(tmp_path):
 def test_bad_input_keeps_its_exit_code_through_the_shell(tiny_base, tmp_path):
     values = variables(tiny_base, tmp_path / "no.txt", tmp_path / "out")
     done = shell("run_lora_finetune_block.sh", **values)
-    assert done.returncode == 2 and "finetune_lm.py: " in done.stdout and "no.txt" in done.stdout and "Traceback" not in done.stdout
+    assert (
+        done.returncode == 2 and "finetune_lm.py: " in done.stdout and "no.txt" in done.stdout and "Traceback" not in done.stdout
+    )
 
 
 NEEDED = ["--model_name_or_path", "m", "--output_dir", "o", "--do_train", "--do_eval"]
@@ -206,7 +215,9 @@ def test_every_variable_of_the_script_reaches_the_command(tiny_base, tmp_path):
     fake.chmod(0o755)
     for name, (value, words) in VARIABLES.items():
         env = {**os.environ, "PYTHON": str(fake), "PRUNED_MODEL": str(tiny_base), "NPROC": "1", name: value}
-        done = subprocess.run(["bash", str(ROOT / "scripts" / "run_lora_finetune_block.sh")], capture_output=True, text=True, env=env)
+        done = subprocess.run(
+            ["bash", str(ROOT / "scripts" / "run_lora_finetune_block.sh")], capture_output=True, text=True, env=env
+        )
         assert words in done.stdout.split("ARGS")[1], (name, done.stdout, done.stderr)
     assert "--dataset_config_name" not in subprocess.run(
         ["bash", str(ROOT / "scripts" / "run_lora_finetune_block.sh")], capture_output=True, text=True,
@@ -220,8 +231,28 @@ def test_evaluation_flags():
 
 
 def test_pruning_front_end(tiny_base, tmp_path):
-    argv = [sys.executable, str(ROOT / "scripts" / "main_block.py"), "--model", str(tiny_base), "--sparsity_ratio", "0.25", "--block_size", "8"]
-    argv += ["--nsamples", "4", "--seed", "1", "--save", str(tmp_path / "log"), "--save_model", str(tmp_path / "pruned"), "--score", "magnitude"]
+    argv = [
+        sys.executable,
+        str(ROOT / "scripts" / "main_block.py"),
+        "--model",
+        str(tiny_base),
+        "--sparsity_ratio",
+        "0.25",
+        "--block_size",
+        "8",
+    ]
+    argv += [
+        "--nsamples",
+        "4",
+        "--seed",
+        "1",
+        "--save",
+        str(tmp_path / "log"),
+        "--save_model",
+        str(tmp_path / "pruned"),
+        "--score",
+        "magnitude",
+    ]
     done = subprocess.run(argv, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     from lora_dist.blocks import Pattern
