@@ -27,10 +27,10 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^Installing collected/ { print "  unpacking" } \
 	/^ERROR|^error/ { print } { fflush() }'
 
-.PHONY: help venv demo test lint format bench hooks clean
+.PHONY: help venv demo test lint format bench measure-stories measure-wikitext hooks clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=python3.12 (3.11 to 3.13), JOBS=2 (test processes), ARGS='...' (handed to demo, test and bench)"
 
 venv: $(STAMP)  ## make .venv with everything that demo, test and lint need
@@ -71,6 +71,12 @@ format: $(STAMP)  ## put the code into the project's format
 
 bench: $(STAMP)  ## error, time and memory of the block-masked layer against plain LoRA and the dense form
 	@$(BIN)/python scripts/bench_layer.py $(ARGS)
+
+measure-stories: $(STAMP)  ## the README's table on stories260K (LORA_DIST_DATA names the data; about 10 minutes)
+	@$(BIN)/python scripts/measure.py stories $(ARGS)
+
+measure-wikitext: $(STAMP)  ## the README's table on wikitext2-llama (LORA_DIST_DATA names the data; about 30 minutes)
+	@$(BIN)/python scripts/measure.py wikitext $(ARGS)
 
 hooks: $(STAMP)  ## run lint before every commit
 	@$(BIN)/pre-commit install

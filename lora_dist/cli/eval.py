@@ -46,9 +46,9 @@ def run(args: EvalArgs) -> int:
         )
         console.line(f"Eval Loss: {result.loss:.4f}")
         console.line(f"Eval Perplexity: {perplexity_text(result.perplexity)}")
-        console.line(
-            f"Band: {perplexity_band(result.perplexity)} (ideal 6.5-7, good 7-10, fair 10-50, poor above; Llama-2-7B on WikiText-2)"
-        )
+        ideal, good, fair = args.bands
+        band = perplexity_band(result.perplexity, args.bands)
+        console.line(f"Band: {band} (ideal up to {ideal:g}, good {good:g}, fair {fair:g}, poor above)")
         if args.output and world.is_main:
             figures = {
                 "eval_loss": result.loss,

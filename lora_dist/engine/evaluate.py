@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -55,6 +55,8 @@ class EvalArgs:
     """Where to compute; auto: GPUs if there are any."""
     cache_dir: str | None = None
     """Where tokenised text is kept."""
+    bands: list[float] = field(default_factory=lambda: [7.0, 10.0, 50.0])
+    """Perplexities up to which a model is called ideal, good and fair; the defaults are for Llama-2-7B on WikiText-2."""
     output: str | None = None
     """JSON file to write the figures to."""
     trust_remote_code: bool = False
@@ -67,6 +69,8 @@ class EvalArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name}: found {value}, expected 1 or more"
+        if len(self.bands) != 3 or sorted(self.bands) != self.bands:
+            yield f"bands: found {self.bands}, expected three rising numbers"
 
 
 @dataclass(frozen=True)

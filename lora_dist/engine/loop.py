@@ -217,11 +217,12 @@ class Loop:
 
     def _checked_everywhere(self, when: str, *, whole: bool = False) -> None:
         """Collective: the guard on every rank; one rank's finding stops all."""
-        problem = None
+        problem, start = None, time.perf_counter()
         try:
             (self.parts.guard.check_all if whole else self.parts.guard.check)(when)
         except UserError as error:
             problem = error
+        self._record("guard", {"check_time_s": time.perf_counter() - start, "whole_base": whole})
         if self.parts.world.any(problem is not None):
             raise problem or UserError(f"guard {when}: another process found a change in its copy of the base")
 

@@ -191,6 +191,8 @@ def _base(config: RunConfig, world: World, console: Console) -> tuple[LoadedBase
             progress=world.is_main,
         )
     console.model_loaded()
+    if base.config_from != args.name_or_path or base.tokenizer_from != args.name_or_path:
+        console.note(f"config from {base.config_from}, tokenizer from {base.tokenizer_from}")
     limit = getattr(base.model.config, "max_position_embeddings", None)
     if limit is not None and config.data.block_size > limit:
         raise UserError(f"data.block_size: found {config.data.block_size}, expected at most the model's context of {limit}")

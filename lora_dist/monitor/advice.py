@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def out_of_memory(
     *,
@@ -33,10 +35,7 @@ def out_of_memory(
     return "\n".join(lines)
 
 
-BANDS = ((7.0, "ideal"), (10.0, "good"), (50.0, "fair"), (float("inf"), "poor"))
-"""upper ends for Llama-2-7B on WikiText-2 (W1)"""
-
-
-def perplexity_band(perplexity: float, bands: tuple[tuple[float, str], ...] = BANDS) -> str:
-    """The name of the first band whose upper end is not below the perplexity."""
-    return next((name for upper, name in bands if perplexity <= upper), bands[-1][1])
+def perplexity_band(perplexity: float, upper_ends: Sequence[float]) -> str:
+    """ideal, good, fair or poor: the first band whose upper end is not below the perplexity."""
+    names = ("ideal", "good", "fair")
+    return next((name for name, upper in zip(names, upper_ends, strict=True) if perplexity <= upper), "poor")

@@ -75,4 +75,4 @@ def test_out_of_memory_advice_names_this_runs_own_options():
 
 @pytest.mark.parametrize("perplexity,band", [(6.7, "ideal"), (7.3, "good"), (30, "fair"), (8000, "poor")])
 def test_bands(perplexity, band):
-    assert perplexity_band(perplexity) == band
+    assert perplexity_band(perplexity, [7, 10, 50]) == band
