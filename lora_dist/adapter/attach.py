@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def check_target_modules(model: nn.Module, target_modules: Sequence[str]) -> Non
             f"adapter.target_modules: {', '.join(unmatched)} match no linear of this model, expected some of "
             f"{', '.join(leaves)}, or all-linear"
         )
+
+
+@contextmanager
+def _without_pefts_own_warnings() -> Iterator[None]:
+    """PEFT 0.21 asks transformers 5.23 a question under a name that is to go; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def attach_adapter(
@@ -80,8 +89,7 @@ def attach_adapter(
         config = LoraConfig(**common, fan_in_fan_out=transposed)
     else:
         config = BlockLoraConfig(**common, form=form, base_fingerprint=base_fingerprint).with_pattern(pattern)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)  # PEFT's own use of it
+    with _without_pefts_own_warnings():
         return get_peft_model(model, config)
 
 
@@ -179,7 +187,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
         if difference:
             raise GuardError(f"adapter: {folder} has another pattern than the base: {difference}")
     try:
-        loaded = PeftModel.from_pretrained(model, str(folder), config=config)
+        with _without_pefts_own_warnings():
+            loaded = PeftModel.from_pretrained(model, str(folder), config=config)
     except (RuntimeError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -71,7 +71,9 @@ def check_folder(folder: Path, *, resume: str | None, overwrite: bool) -> Folder
         if not checkpoint.is_dir():
             raise UserError(f"train.resume_from_checkpoint: found no folder {checkpoint}, expected a checkpoint-N folder or auto")
     own = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
-    other_run = holds_run(folder) and not own and not (resume == "auto" and not list_checkpoints(folder))
+    # With auto, a run that was killed before its first checkpoint starts anew in its place; a finished one is never overwritten.
+    unsaved = not list_checkpoints(folder) and not (folder / ADAPTER_FILE).exists()
+    other_run = holds_run(folder) and not own and not (resume == "auto" and unsaved)
     if other_run and not overwrite:
         raise UserError(
             f"train.output_dir: {folder} already holds a run; go on with it (--train.resume_from_checkpoint auto), move it "

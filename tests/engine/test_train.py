@@ -261,6 +261,9 @@ def test_a_folder_that_holds_another_run(tiny_base, tiny_text, tmp_path, quick):
     first = (out / "adapter_model.safetensors").read_bytes()
     message = refused(tiny_base, tiny_text, out, **quick)
     assert "already holds a run" in message and "--train.overwrite_output_dir" in message
+    assert "already holds a run" in refused(
+        tiny_base, tiny_text, out, **quick, resume_from_checkpoint="auto"
+    )  # finished, no checkpoint
     train(tiny_base, tiny_text, out, **quick, overwrite_output_dir=True, learning_rate=1e-3)
     (aside,) = tmp_path.glob("out.old-*")
     assert (aside / "adapter_model.safetensors").read_bytes() == first  # never deleted
