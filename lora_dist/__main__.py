@@ -48,17 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_reporting(name: str, work: Callable[[], int]) -> int:
     """Run a command's work; a `UserError` becomes one line a problem on stderr, from rank 0 only."""
     from lora_dist.log import UserError
-    from lora_dist.parallel import is_main_process
 
+    main_process = int(os.environ.get("RANK", "0")) == 0  # without torch, so that bad input is answered at once
     try:
         return work()
     except UserError as error:
-        if is_main_process():
+        if main_process:
             for problem in error.problems:
                 print(f"{name}: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if is_main_process():
+        if main_process:
             print(f"{name}: interrupted; a run goes on from its last checkpoint with --resume auto", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -136,7 +136,8 @@ def evaluate_all(out: Path) -> dict[str, float]:
     file = out / "figures.json"
     if file.exists() and file.stat().st_mtime > (out / ".merge.done").stat().st_mtime:
         return json.loads(file.read_text())
-    from lora_dist.engine.evaluate import EvalArgs, evaluate
+    from lora_dist.arguments import EvalArgs
+    from lora_dist.engine.evaluate import evaluate
     from lora_dist.parallel import World
 
     say("▶ evaluate all four on text that none has seen")

@@ -106,7 +106,7 @@ def run(argv: list[str]) -> int:
         from lora_dist.log import UserError
 
         raise UserError("do_train, do_eval: found neither, expected --do_train, --do_eval or both")
-    from lora_dist.engine.evaluate import EvalArgs
+    from lora_dist.arguments import EvalArgs
 
     return eval_verb.run(
         EvalArgs(

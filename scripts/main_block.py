@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from lora_dist.__main__ import run_reporting
+from lora_dist.arguments import PruneArgs
 from lora_dist.cli.options import Verb, parse
 from lora_dist.log import UserError
 
@@ -32,8 +33,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(argv: list[str]) -> int:
     """Prune, and write the guide's log beside it where asked."""
-    from lora_dist.engine.prune import PruneArgs, prune_model
-
     flags, extra = make_parser().parse_known_args(argv)
     options = [
         flags.model,
@@ -45,6 +44,8 @@ def run(argv: list[str]) -> int:
         *extra,
     ]
     args = parse(PruneArgs, options, Verb("main_block.py", PruneArgs.__doc__ or "", positionals=("model", "out")))
+    from lora_dist.engine.prune import prune_model
+
     result = prune_model(args)
     if flags.save:
         folder = Path(flags.save)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lora_dist.arguments import EvalArgs
 from lora_dist.cli.options import Verb, parse
-
-if TYPE_CHECKING:
-    from lora_dist.engine.evaluate import EvalArgs
 
 
 def main(argv: Sequence[str]) -> int:
-    from lora_dist.engine.evaluate import EvalArgs
 
     verb = Verb("lora-dist eval", EvalArgs.__doc__ or "", positionals=("model",))
     return run(parse(EvalArgs, argv, verb))

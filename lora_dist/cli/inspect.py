@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_dist.arguments import InspectArgs
 from lora_dist.cli.options import Verb, names, parse
 
 
 def main(argv: Sequence[str]) -> int:
-    from lora_dist.engine.inspect import InspectArgs, inspect
-
     args = parse(InspectArgs, argv, Verb("lora-dist inspect", InspectArgs.__doc__ or "", positionals=("path",)))
+    from lora_dist.engine.inspect import inspect
+
     with names(model_name_or_path="PATH", model_config_name="config_name"):
         found = inspect(args)
     print(f"{found.what}: {args.path}")

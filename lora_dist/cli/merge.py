@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_dist.arguments import MergeArgs
 from lora_dist.cli.options import Verb, names, parse
 
 
 def main(argv: Sequence[str]) -> int:
-    from lora_dist.engine.merge import MergeArgs, merge
-
     verb = Verb("lora-dist merge", MergeArgs.__doc__ or "", positionals=("base", "adapter", "out"))
     args = parse(MergeArgs, argv, verb)
+    from lora_dist.engine.merge import merge
+
     with names(model_name_or_path="BASE", model_config_name="config_name"):
         report = merge(args)
     if report.pattern_digest:

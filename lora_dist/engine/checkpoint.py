@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.log import UserError
+from lora_dist.models.export import flush
 from lora_dist.state import TrainState
 
 MANIFEST, STATE, OPTIMIZER, ADAPTER = "manifest.json", "state.json", "optimizer.safetensors", "adapter"
@@ -68,15 +68,6 @@ def _content_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """fsync a file or a directory (the directory entry is what makes a new name last)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_checkpoint(
     run_dir: Path,
     *,
@@ -116,9 +107,9 @@ def save_checkpoint(
         }
         (staging / MANIFEST).write_text(json.dumps({**manifest, "sha256": _content_digest(manifest)}, indent=1))
         for path in [*files, staging / MANIFEST, staging / ADAPTER, staging]:
-            _flush(path)
+            flush(path)
         _replace(staging, final)
-        _flush(run_dir)
+        flush(run_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(

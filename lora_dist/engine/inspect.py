@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_dist.adapter import ADAPTER_CONFIG, ADAPTER_FILE, BlockLoraConfig, read_adapter_config
+from lora_dist.arguments import InspectArgs
 from lora_dist.blocks import MASK_FILE, BlockMask, LayerStats, NamedLinear, Pattern
 from lora_dist.engine.pattern import base_pattern
 from lora_dist.log import UserError
@@ -19,24 +19,6 @@ from lora_dist.models.loading import load_base
 OTHER_BLOCKS = (4, 8, 16, 32, 64)
 MIN_EXPLAINED = 0.99
 """share of the zero weights that a tile side must account for to be called the pattern's"""
-
-
-@dataclass
-class InspectArgs:
-    """Show a model's or an adapter's pattern, layer by layer, and what is wrong with it."""
-
-    path: str = ""
-    """Model directory, adapter folder, checkpoint folder or mask file."""
-    block: int = 16
-    """Tile side to look for where no mask is stored."""
-    summary: bool = False
-    """Totals only, no line a layer."""
-
-    def problems(self) -> Iterator[str]:
-        if not self.path:
-            yield "PATH: found nothing, expected a model directory, an adapter folder or a mask file"
-        if self.block < 1:
-            yield f"block: found {self.block}, expected 1 or more"
 
 
 @dataclass

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_dist.adapter import merge_adapter, update_outside_mask
+from lora_dist.arguments import MergeArgs
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.engine.open_model import open_model
 from lora_dist.log import UserError
@@ -20,37 +20,6 @@ from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.export import check_output, prove_zeros, save_model
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
-
-
-@dataclass
-class MergeArgs:
-    """Add an adapter to its base; the result is an ordinary model directory with every pruned tile exactly zero."""
-
-    base: str = ""
-    """Directory of the pruned base that the adapter was trained on."""
-    adapter: str = ""
-    """Folder that train wrote."""
-    out: str = ""
-    """Directory to write; must not exist or be empty."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the merged weights; auto keeps the base's (half precision rounds the update)."""
-    project: bool = False
-    """Plain LoRA on a pruned base: merge, then set pruned tiles back to zero; keeps the pattern, throws part of the update away."""
-    densify: bool = False
-    """Plain LoRA on a pruned base: merge all of it; the model is dense afterwards."""
-    config_name: str | None = None
-    """Where to take config and tokenizer from if the base has none of its own."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the base."""
-
-    def problems(self) -> Iterator[str]:
-        for name in ("base", "adapter", "out"):
-            if not getattr(self, name):
-                yield f"{name.upper()}: found nothing, expected lora-dist merge BASE ADAPTER OUT"
-        if self.project and self.densify:
-            yield "project, densify: found both, expected one at most"
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lora_dist.arguments import PruneArgs
 from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.data.sampler import stable_permutation
 from lora_dist.data.sources import TextSource
@@ -45,66 +45,6 @@ _DATA_KEYS = {
     "model.name_or_path": "MODEL",
     "model.config_name": "config_name",
 }
-
-
-@dataclass
-class PruneArgs:
-    """Zero the least important tiles of a model's decoder layers; writes a model directory with the pattern beside it."""
-
-    model: str = ""
-    """Directory or hub name of the model to prune."""
-    out: str = ""
-    """Directory to write; must not exist or be empty."""
-    sparsity: float = 0.5
-    """Share of the tiles of each matrix to drop, rounded down to whole tiles."""
-    block: int = 16
-    """Side of a tile."""
-    score: Literal["wanda", "magnitude", "random"] = "wanda"
-    """What a tile is worth: the sum of |W| * ||x|| (wanda; x from the calibration text), of |W| (magnitude), or random."""
-    select: Literal["matrix", "row"] = "matrix"
-    """Drop the lowest tiles of a whole matrix, or the same number in each row of tiles."""
-    nsamples: int = 128
-    """Calibration windows, chosen at random by seed."""
-    seqlen: int | None = None
-    """Tokens a calibration window; default: the model's context, 2048 at most."""
-    calibration: str = "c4"
-    """Calibration text: hub name, directory, or files (comma-separated .txt .json .jsonl .csv .parquet)."""
-    calibration_config: str | None = None
-    """Configuration of a hub data set, such as wikitext-2-raw-v1."""
-    text_column: str = "text"
-    """Column that holds the text in JSON, CSV and parquet."""
-    document_separator: str | None = None
-    """Text that separates documents inside .txt files, such as <|endoftext|>."""
-    special_tokens: Literal["auto", "bos", "eos", "both", "none"] = "auto"
-    """Special tokens put around each document; auto: what the tokenizer itself adds."""
-    seed: int = 0
-    """Seed of the choice of windows, and of the random score."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision to compute and save in; auto: as stored."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where layers are computed, one at a time; auto: the GPU if there is one."""
-    config_name: str | None = None
-    """Where to take config and tokenizer from if the model has none of its own."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the model."""
-    cache_dir: str | None = None
-    """Where tokenised text is kept; default: lora_dist/ in the Hugging Face cache."""
-
-    def problems(self) -> Iterator[str]:
-        """Every value that is out of range, one line each."""
-        for name in ("model", "out"):
-            if not getattr(self, name):
-                yield f"{name.upper()}: found nothing, expected lora-dist prune MODEL OUT"
-        if not 0 <= self.sparsity < 1:
-            yield f"sparsity: found {self.sparsity}, expected a number from 0 up to but not including 1"
-        for name, least in (("block", 1), ("nsamples", 1), ("seqlen", 2), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                yield f"{name}: found {value}, expected {least} or more"
-        if self.score == "wanda" and not self.calibration:
-            yield "calibration: found nothing, expected a hub name, a directory or files (score=magnitude needs no text)"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            yield "device: found cuda, but torch sees no GPU"
 
 
 @dataclass(frozen=True)
@@ -151,6 +91,7 @@ def prune_model(args: PruneArgs, *, windows_NL: Tensor | None = None, progress: 
     if problems:
         raise UserError(problems)
     check_output(args.out)
+    device = _device(args.device)
     started = time.perf_counter()
     try:
         base = load_base(
@@ -171,7 +112,7 @@ def prune_model(args: PruneArgs, *, windows_NL: Tensor | None = None, progress: 
     calibration = None
     if windows_NL is not None:
         print(f"Calibration: {len(windows_NL)} windows of {windows_NL.shape[1]} tokens from {args.calibration}")
-        calibration = capture(base.model, layers, windows_NL, device=_device(args.device))
+        calibration = capture(base.model, layers, windows_NL, device=device)
     settings = PruneSettings(args.sparsity, args.block, args.score, args.select, args.seed)
     with tqdm(total=len(layers), desc="Pruning layers", disable=not progress, dynamic_ncols=True) as bar:
         pattern = prune_layers(layers, prefix, settings, calibration, on_layer=lambda _index, _masks: _tick(bar))
@@ -238,6 +179,8 @@ def _tick(bar: Any) -> None:
 
 
 def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: found cuda, but torch sees no GPU; set cpu or auto")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)

@@ -86,53 +86,20 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
     identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
     if checkpoint is not None:
         _check_identity(checkpoint, identity)
-    torch.manual_seed(config.train.seed)  # the adapter's initial values
-    model = attach_adapter(
-        base.model,
-        pattern,
-        r=config.adapter.r,
-        lora_alpha=config.adapter.lora_alpha,
-        lora_dropout=config.adapter.lora_dropout,
-        target_modules=config.adapter.target_modules,
-        use_rslora=config.adapter.use_rslora,
-        form=config.adapter.form,
-        base_fingerprint=base.fingerprint,
-    )
-    if config.train.gradient_checkpointing:
-        with warnings.catch_warnings():  # transformers 5.23 renames it, 5.17 has this name only
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = _with_adapter(config, base, pattern)
     console.adapter_applied(*model.get_nb_trainable_parameters())
     if pattern is not None:
         console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
     train_windows, eval_windows = _data(config, world, console, base)
     if checkpoint is not None:
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
-    strategy = Replicated(model, world)
+    stepper = _stepper(config, Replicated(model, world), world)
+    loader = _loader(config, world, train_windows)
     train = config.train
-    optimizer = make_optimizer(
-        strategy.trainable,
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-    )
-    scaler = torch.amp.GradScaler(world.device.type) if train.fp16 else None
-    loader = StepLoader(
-        train_windows,
-        micro_batch=train.per_device_train_batch_size,
-        accumulation=train.gradient_accumulation_steps,
-        rank=world.rank,
-        world=world.size,
-        seed=train.seed,
-        drop_last=train.dataloader_drop_last,
-        num_workers=config.data.dataloader_num_workers,
-        pin_memory=world.device.type == "cuda",
-    )
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
     state = TrainState(seed=train.seed, num_samples=len(train_windows), data_digest=train_windows.digest)
     if checkpoint is not None:
-        state = _resume(checkpoint, state, optimizer, strategy, scaler)
+        state = _resume(checkpoint, state, stepper)
         if checkpoint.path.resolve().parent != output_dir.resolve():
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     metrics = MetricsFile(output_dir / METRICS)
@@ -149,9 +116,9 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         pattern=pattern,
         guard=guard,
         model=model,
-        strategy=strategy,
-        optimizer=optimizer,
-        stepper=Stepper(strategy, optimizer, world, max_grad_norm=train.max_grad_norm, scaler=scaler),
+        strategy=stepper.strategy,
+        optimizer=stepper.optimizer,
+        stepper=stepper,
         loader=loader,
         train_windows=train_windows,
         eval_windows=eval_windows,
@@ -163,6 +130,55 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         metrics=metrics,
         tracker=_tracker(config, world, output_dir, state),
         versions=_versions(),
+    )
+
+
+def _with_adapter(config: RunConfig, base: LoadedBase, pattern: Pattern | None) -> Any:
+    """The PEFT model; the same initial values on every process."""
+    args = config.adapter
+    torch.manual_seed(config.train.seed)
+    model = attach_adapter(
+        base.model,
+        pattern,
+        r=args.r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        use_rslora=args.use_rslora,
+        form=args.form,
+        base_fingerprint=base.fingerprint,
+    )
+    if config.train.gradient_checkpointing:
+        with warnings.catch_warnings():  # transformers 5.23 renames it, 5.17 has this name only
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _stepper(config: RunConfig, strategy: Replicated, world: World) -> Stepper:
+    train = config.train
+    optimizer = make_optimizer(
+        strategy.trainable,
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(world.device.type) if train.fp16 else None
+    return Stepper(strategy, optimizer, world, max_grad_norm=train.max_grad_norm, scaler=scaler)
+
+
+def _loader(config: RunConfig, world: World, windows: Windows) -> StepLoader:
+    return StepLoader(
+        windows,
+        micro_batch=config.train.per_device_train_batch_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        rank=world.rank,
+        world=world.size,
+        seed=config.train.seed,
+        drop_last=config.train.dataloader_drop_last,
+        num_workers=config.data.dataloader_num_workers,
+        pin_memory=world.device.type == "cuda",
     )
 
 
@@ -266,21 +282,16 @@ def _check_identity(checkpoint: Checkpoint, now: Identity) -> None:
         )
 
 
-def _resume(
-    checkpoint: Checkpoint,
-    fresh: TrainState,
-    optimizer: torch.optim.Optimizer,
-    strategy: Replicated,
-    scaler: torch.amp.GradScaler | None,
-) -> TrainState:
-    state = checkpoint.state
+def _resume(checkpoint: Checkpoint, fresh: TrainState, stepper: Stepper) -> TrainState:
+    """The checkpoint's state, with optimizer and loss scale put back."""
+    state, scaler = checkpoint.state, stepper.scaler
     for key, option in (("seed", "train.seed"), ("num_samples", "data.max_train_samples"), ("data_digest", "data.*")):
         then, now = getattr(state, key), getattr(fresh, key)
         if then != now:
             raise UserError(
                 f"{option}: {key} was {then} when {checkpoint.path.name} was written, found {now}: the data order would change"
             )
-    load_optimizer_tensors(optimizer, strategy.trainable, checkpoint.optimizer)
+    load_optimizer_tensors(stepper.optimizer, stepper.strategy.trainable, checkpoint.optimizer)
     if scaler is not None and state.loss_scale is not None:
         scaler.load_state_dict({**scaler.state_dict(), "scale": state.loss_scale, "_growth_tracker": state.loss_scale_good_steps})
     state.completed = False

@@ -85,9 +85,9 @@ def save_model(
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed while it wrote
         staging.mkdir(parents=True)
         _write(model, tokenizer, staging, pattern, extra_files or {})
-        _flush(staging)
+        _flush_all(staging)
         os.rename(staging, out)  # takes the place of an empty directory too
-        _fsync(out.parent)
+        flush(out.parent)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in made:
@@ -135,7 +135,8 @@ def _savable_generation(model: Any) -> Iterator[None]:
             generation.do_sample = sampled
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """fsync a file or a directory (the directory entry is what makes a new name last)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,9 +144,9 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush(folder: Path) -> None:
+def _flush_all(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        _fsync(path)
+        flush(path)
 
 
 def prove_zeros(source_dir: Path, pattern: Pattern, *, transposed: Collection[str] = ()) -> int:

@@ -99,11 +99,6 @@ class World:
         self.broadcast(None)
 
 
-def is_main_process() -> bool:
-    """Whether this process is rank 0, before any process group exists (who prints)."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _device(wanted: str, local_rank: int) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -45,9 +45,10 @@ def test_how_a_batch_is_split_changes_nothing(runs_by_split, split):
     reference, other = runs_by_split[SPLITS[0]], runs_by_split[split]
     a, b = losses(reference), losses(other)
     assert list(a) == list(b) == list(range(1, STEPS + 1))
-    for step in a:
-        assert b[step] == pytest.approx(a[step], rel=1e-5)
-    assert largest_relative_difference(adapter(reference), adapter(other)) < 1e-5
+    worst = max(abs(b[step] - a[step]) / a[step] for step in a)
+    difference = largest_relative_difference(adapter(reference), adapter(other))
+    print(f"losses differ by {worst:.1e} relative at most, adapter tensors by {difference:.1e} of their norm")
+    assert worst < 1e-5 and difference < 1e-5
     evaluations = [[row["eval_loss"] for row in records(d, "eval")] for d in (reference, other)]
     assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-5)
     assert evaluations[0][-1] < evaluations[0][0]

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_dist.arguments import InspectArgs, MergeArgs
 from lora_dist.blocks import Pattern
 from lora_dist.cli import train as train_verb
 from lora_dist.cli.options import parse
 from lora_dist.config import RunConfig
-from lora_dist.engine.inspect import InspectArgs, inspect
-from lora_dist.engine.merge import MergeArgs, merge
+from lora_dist.engine.inspect import inspect
+from lora_dist.engine.merge import merge
 from lora_dist.engine.open_model import open_model
 from lora_dist.log import GuardError, UserError
 from tests.runs import options

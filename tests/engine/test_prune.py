@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lora_dist.arguments import PruneArgs
 from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.engine import prune
-from lora_dist.engine.prune import PruneArgs, PruneResult, prune_model
+from lora_dist.engine.prune import PruneResult, prune_model
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.sources import fingerprint_model

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lora_dist.arguments import PruneArgs
 from lora_dist.data.sampler import stable_permutation
 from lora_dist.data.text import TextSource, load_windows
-from lora_dist.engine.prune import PruneArgs, PruneResult, prune_model
+from lora_dist.engine.prune import PruneResult, prune_model
 from lora_dist.models.loading import load_base
 from lora_dist.models.loss import causal_loss_sum
 

@@ -194,7 +194,8 @@ def test_a_resumed_schedule_goes_on_where_it_was(tiny_base, tiny_text, tmp_path)
 
 
 def test_element_patterns_are_found_and_respected(tiny_base, tiny_text, tmp_path, quick):
-    from lora_dist.engine.merge import MergeArgs, merge
+    from lora_dist.arguments import MergeArgs
+    from lora_dist.engine.merge import merge
 
     base = tmp_path / "unstructured"
     shutil.copytree(tiny_base, base)
@@ -331,8 +332,9 @@ def test_a_base_that_changes_during_the_run_stops_it(tiny_base, tiny_text, tmp_p
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen3"])
 def test_other_architectures_train_and_merge(kind, tiny_text, tmp_path, quick):
-    from lora_dist.engine.merge import MergeArgs, merge
-    from lora_dist.engine.prune import PruneArgs, prune_model
+    from lora_dist.arguments import MergeArgs, PruneArgs
+    from lora_dist.engine.merge import merge
+    from lora_dist.engine.prune import prune_model
     from tests.tiny import tiny_model, tiny_tokenizer
 
     tiny_model(kind, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "dense")
