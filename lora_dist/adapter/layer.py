@@ -18,11 +18,12 @@ from lora_dist.blocks import BlockMask, Mask, is_transposed
 
 
 def factorised_is_cheaper(shape: tuple[int, int], block: int, rank: int, dtype: torch.dtype, device_type: str) -> bool:
-    """Choose the form by a modelled cost, in multiply-adds a token of one dense product.
+    """Choose the form by a modelled cost, in multiply-adds a token of one large product.
 
-    Factorised: `R (I + PQ + O)` a token, but in small products that reach a fraction of the speed of a large one, and layout
-    copies that cost like arithmetic. Dense: one `O I` product a token each for output, input gradient and weight gradient.
-    The factors are what `scripts/bench_layer.py` showed (docs/log.md).
+    Factorised: `R (I + PQ + O)` a token, but in small products that reach a fraction of a large one's speed (the penalty below).
+    Dense: about one `O I` product a token each for output, input gradient and weight gradient. So narrow layers with a high rank
+    get the dense form, all others the factorised one; at widths 512 to 4,096 and ranks 8 and 16 that is the faster one in both
+    precisions (docs/measurements.md).
     """
     O, I = shape
     small_product_penalty = 24.0 if dtype != torch.float32 and device_type == "cpu" else 8.0

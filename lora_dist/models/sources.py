@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +156,9 @@ def read_facts(source_dir: Path, *, progress: bool = True) -> SourceFacts:
                         raise UserError(f"{file}: {error}") from error
                     return tensor.dtype, tensor.numel()
 
-                for dtype, numel in pool.map(hash_one, shard.names):
+                tasks = [pool.submit(hash_one, name) for name in shard.names]
+                wait(tasks)  # also when one fails: the file must not be closed under the others
+                for dtype, numel in (task.result() for task in tasks):
                     elements[dtype] = elements.get(dtype, 0) + numel
             bar.update()
     floating = {dtype: n for dtype, n in elements.items() if dtype.is_floating_point}

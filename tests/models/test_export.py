@@ -122,7 +122,7 @@ def test_whatever_happens_on_the_way_leaves_nothing(
     def fail(_folder: Path) -> None:
         raise failure
 
-    monkeypatch.setattr(export, "_flush", fail)  # everything is written by then, but under another name
+    monkeypatch.setattr(export, "_flush_all", fail)  # everything is written by then, but under another name
     with pytest.raises(UserError if isinstance(failure, OSError) else type(failure)):
         save_model(tiny_model(), tiny_tokenizer(), tmp_path / "deep" / "out", pattern=None)
     assert list(tmp_path.iterdir()) == []
