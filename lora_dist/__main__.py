@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,9 @@ def run_reporting(name: str, work: Callable[[], int]) -> int:
     """Run a command's work; a `UserError` becomes one line a problem on stderr, from rank 0 only."""
     from lora_dist.log import UserError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a sign shows "?" instead of ending the run
     main_process = int(os.environ.get("RANK", "0")) == 0  # without torch, so that bad input is answered at once
     try:
         return work()

@@ -60,6 +60,8 @@ class PruneArgs:
                 yield f"{name.upper()}: found nothing, expected lora-dist prune MODEL OUT"
         if not 0 <= self.sparsity < 1:
             yield f"sparsity: found {self.sparsity}, expected a number from 0 up to but not including 1"
+        if self.seed >= 2**63:
+            yield f"seed: found {self.seed}, expected a number below 2**63"
         for name, least in (("block", 1), ("nsamples", 1), ("seqlen", 2), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -151,6 +153,8 @@ class EvalArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 yield f"{name}: found {value}, expected 1 or more"
+        if not 0 <= self.seed < 2**63:
+            yield f"seed: found {self.seed}, expected a number from 0 up to 2**63"
         if len(self.bands) != 3 or sorted(self.bands) != self.bands:
             yield f"bands: found {self.bands}, expected three rising numbers"
 
@@ -212,5 +216,7 @@ class GenerateArgs:
         for name in ("max_new_tokens", "temperature", "top_k"):
             if getattr(self, name) <= 0:
                 yield f"{name}: found {getattr(self, name)}, expected a number above 0"
+        if not 0 <= self.seed < 2**63:
+            yield f"seed: found {self.seed}, expected a number from 0 up to 2**63"
         if not 0 < self.top_p <= 1:
             yield f"top_p: found {self.top_p}, expected a number above 0 and at most 1"

@@ -202,6 +202,8 @@ class TrainArgs:
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "early_stopping_threshold"):
             if getattr(self, name) < 0:
                 yield f"train.{name}: found {getattr(self, name)}, expected 0 or more"
+        if self.seed >= 2**63:
+            yield f"train.seed: found {self.seed}, expected a number below 2**63"
         if self.bf16 and self.fp16:
             yield "train.bf16, train.fp16: found both true, expected one at most"
         if self.save_total_limit is not None and self.save_total_limit < 2:

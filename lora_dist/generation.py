@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lora_dist.log import UserError
+
 
 @torch.no_grad()
 def generate(
@@ -34,7 +36,13 @@ def generate(
     for prompt in prompts:
         ids_1L = tokenizer(prompt, return_tensors="pt")["input_ids"].to(device)
         if ids_1L.shape[1] == 0:
-            raise ValueError("prompt: found an empty one for a tokenizer without a start token, expected some text")
+            raise UserError("prompt: found an empty one for a tokenizer without a start token, expected some text")
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and ids_1L.shape[1] + max_new_tokens > limit:
+            raise UserError(
+                f"max_new_tokens: found {max_new_tokens} after a prompt of {ids_1L.shape[1]} tokens, expected at most "
+                f"{max(0, limit - ids_1L.shape[1])}: the model's context is {limit}"
+            )
         out_1L = model.generate(  # type: ignore[operator]
             input_ids=ids_1L, attention_mask=torch.ones_like(ids_1L), max_new_tokens=max_new_tokens, do_sample=do_sample,
             pad_token_id=pad, use_cache=True, **sampling,

@@ -58,7 +58,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to work in (default out/demo)")
     parser.add_argument("--processes", type=int, default=2, help="training processes (default 2)")
-    parser.add_argument("--steps", type=int, default=150, help="recovery steps (default 150)")
+    parser.add_argument("--steps", type=int, default=120, help="recovery steps (default 120)")
     parser.add_argument(
         "--dense_steps", type=int, default=None, help="training steps of the dense model (default: the tiny model's own)"
     )
@@ -99,7 +99,7 @@ def run_steps(args: argparse.Namespace, out: Path) -> dict[str, float]:
         "--data.cache_dir", str(out / "cache"),
         "--train.output_dir", str(run), "--train.max_steps", str(args.steps), "--train.per_device_train_batch_size", "4",
         "--train.gradient_accumulation_steps", str(accumulation), "--train.learning_rate", "3e-3", "--train.lr_scheduler_type", "cosine",
-        "--train.warmup_steps", "10", "--train.eval_steps", "50", "--train.save_steps", "50", "--resume", "auto",
+        "--train.warmup_steps", "10", "--train.eval_steps", "60", "--train.save_steps", "60", "--resume", "auto",
     ]  # fmt: skip
     merge = [*module, "merge", str(pruned), str(run), str(merged)]
     seconds = {"dense": step(out, "train a dense model", make, lambda: command(make))}

@@ -35,6 +35,7 @@ def check_target_modules(model: nn.Module, target_modules: Sequence[str]) -> Non
     """
     if list(target_modules) == ["all-linear"]:
         return
+    _refuse_tied_head(model, target_modules)
     names = [linear.name for linear in find_linears(model)]
     unmatched = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:
@@ -42,6 +43,20 @@ def check_target_modules(model: nn.Module, target_modules: Sequence[str]) -> Non
         raise UserError(
             f"adapter.target_modules: {', '.join(unmatched)} match no linear of this model, expected some of "
             f"{', '.join(leaves)}, or all-linear"
+        )
+
+
+def _refuse_tied_head(model: nn.Module, target_modules: Sequence[str]) -> None:
+    """A head that shares its weight with the embedding cannot be merged: the update would change the embedding as well."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if head is None or getattr(head, "weight", None) is not getattr(embedding, "weight", None):
+        return
+    tied = [n for n, module in model.named_modules() if module is head or module is embedding]
+    hit = [t for t in target_modules if any(n == t or n.endswith(f".{t}") for n in tied)]
+    if hit:
+        raise UserError(
+            f"adapter.target_modules: {', '.join(hit)} shares its weight with the embedding (tie_word_embeddings), so an update of "
+            "it could not be merged; leave it out"
         )
 
 
@@ -111,6 +126,9 @@ def save_adapter(model: PeftModel, folder: Path, tensors: Mapping[str, Tensor]) 
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
     save_file(dict(tensors), str(folder / ADAPTER_FILE), metadata={"format": "pt"})
+    mode = (folder / ADAPTER_CONFIG).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)  # safetensors makes its files readable for their owner only
     files = [folder / ADAPTER_CONFIG, folder / ADAPTER_FILE]
     return [*files, folder / MASK_FILE] if config.peft_type == PEFT_TYPE else files
 

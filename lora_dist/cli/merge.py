@@ -25,9 +25,10 @@ def main(argv: Sequence[str]) -> int:
         print(
             f"⚠️  Projected: {report.update_lost:.1%} of the squared update fell on pruned tiles and was thrown away; evaluate the result"
         )
+    mark = "⚠️ " if report.update_lost else "✅"
     print(
-        f"✅ Logits, merged against adapter: largest difference {report.logits_error_fp32:.1e} of the largest logit before rounding, "
-        f"{report.logits_error:.1e} as written"
+        f"{mark} Logits, merged against adapter: largest difference {report.logits_error_fp32:.1e} of the largest logit before "
+        f"rounding, {report.logits_error:.1e} as written"
     )
     print(f"Merged model saved in {report.out}")
     return 0

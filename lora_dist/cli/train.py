@@ -61,6 +61,8 @@ def run(config: RunConfig) -> int:
     finally:
         if parts is not None and parts.tracker is not None:
             parts.tracker.finish(code)
+        if parts is not None and parts.lock is not None:
+            parts.lock.close()
         console.close()
         close_world()
 

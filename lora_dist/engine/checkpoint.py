@@ -96,6 +96,7 @@ def save_checkpoint(
         write_adapter(staging / ADAPTER)
         save_file(dict(optimizer), str(staging / OPTIMIZER))
         (staging / STATE).write_text(json.dumps(state.to_dict(), indent=1))
+        (staging / OPTIMIZER).chmod((staging / STATE).stat().st_mode)  # safetensors makes its files readable for their owner only
         files = sorted(p for p in staging.rglob("*") if p.is_file())
         manifest = {
             "version": FORMAT_VERSION,

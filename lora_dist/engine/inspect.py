@@ -86,6 +86,9 @@ def _model(name: str, block: int) -> Inspection:
         f"{type(base.model).__name__}, {sum(p.numel() for p in base.model.parameters()):,} parameters, fingerprint {base.fingerprint[:12]}",
         f"{len(linears)} linears in the decoder layers, {pattern_found.zero_share:.2%} of their weights are zero",
     ]
+    bad = [n for n, p in base.model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        found.findings.append(f"{len(bad)} parameters hold NaN or infinity, first {bad[0]}")
     if pattern_found.source == "stored":
         found.findings += _stored_against_weights(linears, pattern)
     elif pattern is None or pattern.kind == "element":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -149,6 +150,8 @@ class Loop:
         """Evaluate now; whether it is the best so far. The first evaluation (of the pruned model) is best, but nothing to save."""
         p, state = self.parts, self.state
         result = self._run_evaluation(final=False)
+        if state.step == 0 and not math.isfinite(result.loss):
+            raise UserError(f"evaluation at step 0: found a loss of {result.loss} before any training: the base itself is broken")
         first = state.best_metric is None
         before = state.best_metric
         better = first or result.loss < before - self.train.early_stopping_threshold  # type: ignore[operator]
@@ -289,13 +292,14 @@ class Loop:
             perplexity=final.perplexity if final else None,
             best_checkpoint=best,
         )
-        base, out = p.config.model.name_or_path, p.output_dir
+        base, out = shlex.quote(p.config.model.name_or_path), shlex.quote(str(p.output_dir))
+        merged = shlex.quote(str(p.output_dir / "merged"))
         p.console.complete(
-            out,
+            p.output_dir,
             [
                 "1. Evaluate the fine-tuned model:",
                 f"   LORA_WEIGHTS={out} PRUNED_MODEL={base} ./scripts/evaluate_lora_block.sh",
-                f"2. Merge it, pattern kept:  lora-dist merge {base} {out} {out}/merged"
+                f"2. Merge it, pattern kept:  lora-dist merge {base} {out} {merged}"
                 + (" --densify   (plain LoRA: the pattern is lost)" if p.pattern is None and p.guard.pattern is not None else ""),
             ],
         )

@@ -15,11 +15,13 @@ from lora_dist.adapter import merge_adapter, update_outside_mask
 from lora_dist.arguments import MergeArgs
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.engine.open_model import open_model
-from lora_dist.log import UserError
+from lora_dist.log import GuardError, UserError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.export import check_output, prove_zeros, save_model
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
+MAX_LOGITS_ERROR = 1e-3
+"""largest difference of merged and adapter logits, in float32, over the largest logit; rounding gives about 1e-6"""
 
 
 @dataclass(frozen=True)
@@ -78,14 +80,18 @@ def merge(args: MergeArgs) -> MergeReport:
     length = min(PROBE_TOKENS, getattr(opened.base.model.config, "max_position_embeddings", PROBE_TOKENS))
     ids_BL = torch.randint(vocabulary, (PROBE_ROWS, length), generator=tokens).to(args.device)
     before = _probe_logits(opened.model, ids_BL)
-    lost = 0.0
-    if args.project and plain_on_pruned:
-        lost = update_outside_mask(opened.model, pattern)  # type: ignore[arg-type]
+    project = args.project and plain_on_pruned
+    lost = update_outside_mask(opened.model, pattern) if project else 0.0  # type: ignore[arg-type]
     merged: Any = merge_adapter(opened.model)
-    if args.project and plain_on_pruned:
+    if project:
         _apply(merged, pattern)  # type: ignore[arg-type]
-    kept = None if args.densify and plain_on_pruned else pattern
     error_fp32 = _relative(_probe_logits(merged, ids_BL), before)
+    if error_fp32 > MAX_LOGITS_ERROR and not project:
+        raise GuardError(
+            f"guard after merging: merged logits differ from the adapter's by {error_fp32:.1e} of the largest, expected at most "
+            f"{MAX_LOGITS_ERROR:.0e}; nothing was written"
+        )
+    kept = None if args.densify and plain_on_pruned else pattern
     _check_zeros(merged, kept, "after merging")
     merged.to(opened.base.stored_dtype if args.dtype == "auto" else getattr(torch, args.dtype))
     error = _relative(_probe_logits(merged, ids_BL), before)

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from lora_dist.adapter import attach_adapter, load_adapter_tensors
+from lora_dist.adapter import attach_adapter, load_adapter_tensors, read_adapter_config
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
@@ -65,6 +64,8 @@ class Parts:
     metrics: MetricsFile
     tracker: WandbSink | None
     versions: dict[str, str]
+    lock: Any
+    """open file that keeps other runs out of the folder, on rank 0"""
 
 
 def build(config: RunConfig, world: World, console: Console) -> Parts:
@@ -92,6 +93,7 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
     train_windows, eval_windows = _data(config, world, console, base)
     if checkpoint is not None:
+        _check_adapter(checkpoint, config)
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
     stepper = _stepper(config, Replicated(model, world), world)
     loader = _loader(config, world, train_windows)
@@ -103,7 +105,9 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         if checkpoint.path.resolve().parent != output_dir.resolve():
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     metrics = MetricsFile(output_dir / METRICS)
-    world.on_main(lambda: claim_folder(plan, _config_yaml(config), console.note))  # nothing was written before this line
+    locks: list[Any] = []  # of rank 0
+    # Nothing was written before this line.
+    world.on_main(lambda: locks.append(claim_folder(plan, dataclasses.asdict(config), console.note)))
     console.open_log(output_dir / LOG)
     world.on_main(lambda: metrics.drop_after(state.step if checkpoint is not None else -1))
     if checkpoint is not None:
@@ -130,6 +134,7 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         metrics=metrics,
         tracker=_tracker(config, world, output_dir, state),
         versions=_versions(),
+        lock=locks[0] if locks else None,
     )
 
 
@@ -189,10 +194,6 @@ def compute_dtype(dtype: str, bf16: bool, fp16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
-def _config_yaml(config: RunConfig) -> str:
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
 def _base(config: RunConfig, world: World, console: Console) -> tuple[LoadedBase, Pattern | None, Guard]:
     """Base on the device, the adapter's pattern, and the guard, which has checked every pruned tile."""
     args = config.model
@@ -212,6 +213,7 @@ def _base(config: RunConfig, world: World, console: Console) -> tuple[LoadedBase
     limit = getattr(base.model.config, "max_position_embeddings", None)
     if limit is not None and config.data.block_size > limit:
         raise UserError(f"data.block_size: found {config.data.block_size}, expected at most the model's context of {limit}")
+    _require_finite(base.model)
     found = base_pattern(base.model, base.source_dir, block=config.adapter.block)
     transposed = {linear.name for linear in prunable_linears(base.model) if linear.transposed}
     guard = Guard(
@@ -223,6 +225,14 @@ def _base(config: RunConfig, world: World, console: Console) -> tuple[LoadedBase
     elif pattern is None:
         console.note("the base has no sparsity pattern: plain LoRA")
     return base, pattern, guard
+
+
+def _require_finite(model: Any) -> None:
+    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if bad:
+        raise UserError(
+            f"model.name_or_path: {len(bad)} parameters of the base hold NaN or infinity, first {bad[0]}: prune or save it again"
+        )
 
 
 def _data(config: RunConfig, world: World, console: Console, base: LoadedBase) -> tuple[Windows, Windows | None]:
@@ -282,10 +292,19 @@ def _check_identity(checkpoint: Checkpoint, now: Identity) -> None:
         )
 
 
+def _check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Scale, like shape, is part of what was trained: the same tensors under another are another adapter."""
+    then = read_adapter_config(checkpoint.adapter)
+    for key in ("r", "lora_alpha", "use_rslora"):
+        before, now = getattr(then, key), getattr(config.adapter, key)
+        if before != now:
+            raise UserError(f"adapter.{key}: was {before} when {checkpoint.path.name} was written, found {now}: set it as it was")
+
+
 def _resume(checkpoint: Checkpoint, fresh: TrainState, stepper: Stepper) -> TrainState:
     """The checkpoint's state, with optimizer and loss scale put back."""
     state, scaler = checkpoint.state, stepper.scaler
-    for key, option in (("seed", "train.seed"), ("num_samples", "data.max_train_samples"), ("data_digest", "data.*")):
+    for key, option in (("seed", "train.seed"), ("num_samples", "data.*"), ("data_digest", "data.*")):
         then, now = getattr(state, key), getattr(fresh, key)
         if then != now:
             raise UserError(

@@ -46,7 +46,7 @@ def test_a_run_leaves_adapter_tokenizer_config_log_and_metrics(tiny_base, tiny_t
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "block_mask.safetensors", "tokenizer.json"} <= names
     assert {"train.log", "metrics.jsonl", "run_config.yaml"} <= names
-    assert not [n for n in names if n.startswith(".")]
+    assert [n for n in names if n.startswith(".")] == [".lock"]
     evaluations = records(tmp_path / "out", "eval")
     assert [row["step"] for row in evaluations] == [0, 2, 4, 6]
     best = min(evaluations, key=lambda row: row["eval_loss"])["step"]
@@ -277,7 +277,10 @@ def test_what_changed_since_the_checkpoint(tiny_base, tiny_text, tmp_path):
     train(tiny_base, tiny_text, out, **common)
     again = {**common, "max_steps": 4, "resume_from_checkpoint": "auto"}
     assert "train.seed" in refused(tiny_base, tiny_text, out, **again, seed=1)
-    assert "shape" in refused(tiny_base, tiny_text, out, **again, adapter__r=4)
+    assert "adapter.r: was 8" in refused(tiny_base, tiny_text, out, **again, adapter__r=4)
+    assert "adapter.lora_alpha: was 16" in refused(tiny_base, tiny_text, out, **again, adapter__lora_alpha=160)
+    assert "adapter.use_rslora" in refused(tiny_base, tiny_text, out, **again, adapter__use_rslora=True)
+    assert "match no linear" not in refused(tiny_base, tiny_text, out, **again, adapter__target_modules="q_proj")
     assert "num_samples" in refused(tiny_base, tiny_text, out, **again, data__max_train_samples=20)
     assert "the pattern changed since checkpoint-2" in refused(tiny_base, tiny_text, out, **again, adapter__mask="none")
     other = tmp_path / "other"
@@ -301,15 +304,62 @@ def test_a_broken_checkpoint_is_skipped_by_name_and_named_when_asked_for(tiny_ba
     assert "skipping checkpoint-6: optimizer.safetensors" in log and "Resuming from" in log and "checkpoint-4" in log
 
 
+def poison(base: Path, copy: Path, value: float) -> Path:
+    shutil.copytree(base, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][:] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+def test_a_base_with_nan_is_named_before_anything_is_written(tiny_base, tiny_text, tmp_path, quick):
+    poisoned = poison(tiny_base, tmp_path / "nan", float("nan"))
+    assert "hold NaN or infinity, first model.norm.weight" in refused(poisoned, tiny_text, tmp_path / "out", **quick)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer_moves(tiny_base, tiny_text, tmp_path):
-    poisoned = tmp_path / "poisoned"
-    shutil.copytree(tiny_base, poisoned)
-    tensors = load_file(poisoned / "model.safetensors")
-    tensors["model.norm.weight"][:] = float("nan")
-    save_file(tensors, poisoned / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="step 1: found a loss of nan"):
+    """Finite weights so large that the logits overflow."""
+    poisoned = poison(tiny_base, tmp_path / "huge", 3e38)
+    with pytest.raises(UserError, match="step 1: found a loss of (nan|inf)"):
         train(poisoned, tiny_text, tmp_path / "out", max_steps=2, eval_strategy="no")
     assert not list_checkpoints(tmp_path / "out")
+    with pytest.raises(UserError, match="evaluation at step 0: found a loss of"):
+        train(poisoned, tiny_text, tmp_path / "out", max_steps=2)
+    train(tiny_base, tiny_text, tmp_path / "out", max_steps=2, eval_strategy="no")  # what saved nothing is in nobody's way
+
+
+def test_two_runs_in_one_folder_are_refused(tiny_base, tiny_text, tmp_path, quick):
+    from lora_dist.engine.folder import lock_folder
+
+    (tmp_path / "out").mkdir()
+    lock = lock_folder(tmp_path / "out")
+    assert "another run is at work" in refused(tiny_base, tiny_text, tmp_path / "out", **quick)
+    lock.close()
+    train(tiny_base, tiny_text, tmp_path / "out", **quick)
+
+
+def test_the_bases_own_folder_is_no_run_folder(tiny_base, tiny_text, quick):
+    assert "holds a model" in refused(tiny_base, tiny_text, tiny_base, **quick)
+
+
+def test_a_tied_head_is_no_target(tiny_text, tmp_path, quick):
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    model = tiny_model("llama", vocab_size=len(tiny_tokenizer()))
+    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path / "tied")
+    tiny_tokenizer().save_pretrained(tmp_path / "tied")
+    message = refused(tmp_path / "tied", tiny_text, tmp_path / "out", **quick, adapter__target_modules="lm_head,q_proj")
+    assert "lm_head shares its weight with the embedding" in message
+
+
+def test_a_resumed_run_says_which_settings_changed(tiny_base, tiny_text, tmp_path):
+    common = {"max_steps": 2, "eval_strategy": "no", "save_steps": 2}
+    train(tiny_base, tiny_text, tmp_path / "out", **common)
+    train(tiny_base, tiny_text, tmp_path / "out", **{**common, "max_steps": 3}, learning_rate=1e-5, resume_from_checkpoint="auto")
+    log = (tmp_path / "out" / "train.log").read_text()
+    assert "train.learning_rate was 0.003 before, is 1e-05 now" in log and "train.max_steps was 2 before, is 3 now" in log
 
 
 def test_a_base_that_changes_during_the_run_stops_it(tiny_base, tiny_text, tmp_path, monkeypatch):
