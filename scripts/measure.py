@@ -118,7 +118,7 @@ class Measurement:
 
     def perplexity(self, name: str, model: Path | str, adapter: Path | None = None) -> float:
         file = self.out / f"{name}.json"
-        if not file.exists():
+        if not file.exists() or not file.stat().st_size:
             with_adapter = [] if adapter is None else [f"--adapter={adapter}"]
             self.command(
                 "eval", str(model), *with_adapter, *self.subject.evaluation, f"--block_size={self.subject.context}",

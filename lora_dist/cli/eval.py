@@ -24,6 +24,11 @@ def run(args: EvalArgs) -> int:
     from lora_dist.monitor.console import Console, perplexity_text
     from lora_dist.parallel import close_world, init_world
 
+    if args.output:
+        try:
+            Path(args.output).open("a").close()  # found out before the evaluation, not after it
+        except OSError as error:
+            raise UserError(f"output: {args.output} cannot be written ({error.strerror})") from error
     world = init_world(device=args.device)
     console = Console(enabled=world.is_main)
     bars = []
@@ -60,10 +65,7 @@ def run(args: EvalArgs) -> int:
                     for key in ("model", "adapter", "dataset_name", "dataset_config_name", "special_tokens")
                 },
             }
-            try:
-                Path(args.output).write_text(json.dumps(figures, indent=1) + "\n")
-            except OSError as error:
-                raise UserError(f"output: {args.output} cannot be written ({error.strerror})") from error
+            Path(args.output).write_text(json.dumps(figures, indent=1) + "\n")
         return 0
     finally:
         close_world()

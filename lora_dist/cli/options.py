@@ -96,7 +96,9 @@ def names(**own: str) -> Iterator[None]:
 
 
 def _parser(cls: type, verb: Verb) -> ArgumentParser:
-    parser = ArgumentParser(prog=verb.prog, description=verb.description, exit_on_error=False, default_env=False)
+    # A plain dataclass's docstring becomes the title of its options; only sections need a description beside theirs.
+    description = verb.description if verb.sections else None
+    parser = ArgumentParser(prog=verb.prog, description=description, exit_on_error=False, default_env=False)
     if verb.sections:
         for f in dataclasses.fields(cls):
             parser.add_class_arguments(f.default_factory, f.name)
@@ -109,15 +111,17 @@ def _help(parser: ArgumentParser, verb: Verb) -> str:
     text = parser.format_help()
     usage = f"usage: {verb.prog} {' '.join(p.upper() for p in verb.positionals)}".rstrip() + " [OPTION ...]\n"
     body = text[text.index("\n\n") :]
-    for name in verb.positionals:
-        body = body.replace(f"  --{name} {name.upper()}", f"  {name.upper()}", 1)
+    for name in verb.positionals:  # the same width, so that the columns stay
+        flag = f"  --{name} {name.upper()}"
+        body = body.replace(flag, f"  {name.upper()}".ljust(len(flag)), 1)
+    body = body.replace(" (type: str, default: )", "").replace(" (type:\n                        str, default: )", "")
     if verb.sections:
         usage += "\nvalues: defaults < --config FILE.yaml (repeatable) < options; --print_config prints the result and exits\n"
     if verb.aliases:
         usage += "short names: " + ", ".join(f"--{short} = --{key}" for short, key in verb.aliases.items()) + "\n"
     # jsonargparse offers a file for a whole section as well; --config does that here.
     body = re.sub(r"\n  --\w+ CONFIG\s+Path to a configuration file\.", "", body)
-    return usage + body
+    return re.sub(r"\n{3,}", "\n\n", usage + body)
 
 
 def _keys(cls: type, sections: bool) -> dict[str, Any]:

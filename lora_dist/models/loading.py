@@ -166,7 +166,7 @@ def _load_config(place: _Place, attn_implementation: str | None, trust_remote_co
                 str(place.folder), trust_remote_code=trust_remote_code, local_files_only=True, **extra
             )
     except Exception as error:  # a broken file fails in the JSON reader, the configuration class or its field checks
-        raise UserError(f"{place.name}: config.json cannot be used ({_line(error)})") from error
+        raise UserError(f"{_MODEL_KEY}: {place.name}: config.json cannot be used ({_line(error)})") from error
 
 
 def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
@@ -174,7 +174,7 @@ def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain `Exception` for a file it cannot read
-        raise UserError(f"{place.name}: the tokenizer cannot be loaded ({_line(error)})") from error
+        raise UserError(f"{_MODEL_KEY}: {place.name}: the tokenizer cannot be loaded ({_line(error)})") from error
 
 
 def _generation_config(source_dir: Path, config_from: _Place, config: Any) -> GenerationConfig:
@@ -207,7 +207,8 @@ def _load_model(
                 **placed,
             )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{source_dir}: cannot be loaded as a causal language model ({_line(error)})") from error
+        key = "model.attn_implementation" if "attn_implementation" in str(error) else _MODEL_KEY
+        raise UserError(f"{key}: {source_dir}: cannot be loaded as a causal language model ({_line(error)})") from error
     _require_fit(source_dir, type(model).__name__, info)
     return model
 
@@ -217,13 +218,15 @@ def _require_fit(source_dir: Path, class_name: str, info: dict[str, Any]) -> Non
     problems = []
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        problems.append(f"{source_dir}: {len(missing)} tensors that {class_name} needs are not in the files: {some(missing)}")
+        problems.append(
+            f"{_MODEL_KEY}: {source_dir}: {len(missing)} tensors that {class_name} needs are not in the files: {some(missing)}"
+        )
     if info["mismatched_keys"]:
         wrong = [
             f"{name} is {tuple(found)}, by config.json {tuple(expected)}"
             for name, found, expected in sorted(info["mismatched_keys"])
         ]
-        problems.append(f"{source_dir}: {len(wrong)} tensors do not fit the configuration: {some(wrong)}")
+        problems.append(f"{_MODEL_KEY}: {source_dir}: {len(wrong)} tensors do not fit the configuration: {some(wrong)}")
     if problems:
         problems[-1] += "; check that config.json belongs to these weights (model.config_name, if it was taken from there)"
         raise UserError(problems)

@@ -144,12 +144,12 @@ def test_config_name_that_has_neither(llama_dir: Path, tmp_path: Path) -> None:
 )
 def test_a_broken_config(llama_dir: Path, text: str) -> None:
     (llama_dir / "config.json").write_text(text)
-    assert _refused(llama_dir).startswith(f"{llama_dir}: config.json cannot be used (")
+    assert _refused(llama_dir).startswith(f"model.name_or_path: {llama_dir}: config.json cannot be used (")
 
 
 def test_a_broken_tokenizer(llama_dir: Path) -> None:
     (llama_dir / "tokenizer.json").write_text("{}")
-    assert _refused(llama_dir).startswith(f"{llama_dir}: the tokenizer cannot be loaded (")
+    assert _refused(llama_dir).startswith(f"model.name_or_path: {llama_dir}: the tokenizer cannot be loaded (")
 
 
 def test_a_tokenizer_of_another_model(llama_dir: Path) -> None:
