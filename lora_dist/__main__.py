@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -46,10 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_reporting(f"lora-dist {verb}", lambda: module.main(rest))
 
 
+def end_with_launcher() -> None:
+    """Have the kernel end this worker when its launcher dies: one killed by SIGKILL cannot end its workers, which would then go on
+    writing, or wait for a dead store. Before any heavy import, so that none is missed. Linux only."""
+    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def run_reporting(name: str, work: Callable[[], int]) -> int:
     """Run a command's work; a `UserError` becomes one line a problem on stderr, from rank 0 only."""
     from lora_dist.log import UserError
 
+    end_with_launcher()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign shows "?" instead of ending the run

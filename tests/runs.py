@@ -65,13 +65,14 @@ def run_killed(processes: int, when: Callable[[], bool], *argv: str, timeout_s: 
             time.sleep(0.005)
     finally:
         # torchrun starts its workers in sessions of their own: end every process below it by id
-        for pid in [*_descendants(process.pid), process.pid]:
+        for pid in [*descendants(process.pid), process.pid]:
             with contextlib.suppress(ProcessLookupError):  # gone already, which is what was wanted
                 os.kill(pid, 9)
         process.wait()
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """Ids of all processes below one, read from /proc."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -80,7 +81,7 @@ def _descendants(pid: int) -> list[int]:
             except (FileNotFoundError, ProcessLookupError):
                 continue
             if parent == pid:
-                found += [int(entry.name), *_descendants(int(entry.name))]
+                found += [int(entry.name), *descendants(int(entry.name))]
     return found
 
 

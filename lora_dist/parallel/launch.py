@@ -6,10 +6,7 @@ by all ranks; each waits for the others.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,14 +112,6 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _end_with_launcher() -> None:
-    """Have the kernel end this worker when its launcher dies: a launcher killed by SIGKILL cannot end its workers, which would
-    then go on writing, or wait for a dead store. Linux only."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def init_world(*, backend: str = "auto", device: str = "auto", timeout_s: float = 1800.0) -> World:
     """Join the other processes, if a launcher started several.
 
@@ -141,7 +130,6 @@ def init_world(*, backend: str = "auto", device: str = "auto", timeout_s: float 
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if size > 1:
-        _end_with_launcher()
         backend = ("nccl" if where.type == "cuda" else "gloo") if backend == "auto" else backend
         if backend == "nccl" and where.type != "cuda":
             raise UserError("parallel.backend: found nccl on CPU, expected gloo (or parallel.device cuda)")

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, records, run, run_killed
+from tests.runs import (
+    ROOT,
+    adapter,
+    assert_identical,
+    command,
+    descendants,
+    environment,
+    largest_relative_difference,
+    losses,
+    options,
+    records,
+    run,
+    run_killed,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -139,6 +156,29 @@ def test_a_rank_that_finds_a_changed_base_stops_all_before_anything_is_written(t
     assert done.returncode != 0
     assert f"layer {name}, tile ({p}, {q})" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_workers_end_with_a_launcher_that_was_killed(tiny_base, tiny_text, tmp_path):
+    """SIGKILL reaches torchrun alone; its workers must not go on writing into the run folder."""
+    out = tmp_path / "out"
+    values = options(tiny_base, tiny_text, out, max_steps=100000, eval_strategy="no", save_steps=50)
+    launcher = subprocess.Popen(
+        command(2, "train", *values), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not losses(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = descendants(launcher.pid)
+    assert len(workers) >= 2
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left
 
 
 def test_both_processes_end_with_the_same_adapter_and_rank_0_alone_prints(tiny_base, tiny_text, tmp_path):
