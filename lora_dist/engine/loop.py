@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -164,12 +165,7 @@ class Loop:
             state.evals_without_improvement += 1
         p.console.evaluated(
             step=state.step,
-            loss=result.loss,
-            perplexity=result.perplexity,
-            runtime_s=result.runtime_s,
-            samples=result.samples,
-            steps=result.steps,
-            epoch=self._epoch(),
+            **self._figures(result),
             better=better,
             before=None if before is None else math.exp(min(before, 700)),
         )
@@ -188,6 +184,17 @@ class Loop:
         self._eval_times_s.append(result.runtime_s)
         return result
 
+    def _figures(self, result: EvalResult) -> dict[str, Any]:
+        """What the console shows of an evaluation."""
+        return {
+            "loss": result.loss,
+            "perplexity": result.perplexity,
+            "runtime_s": result.runtime_s,
+            "samples": result.samples,
+            "steps": result.steps,
+            "epoch": self._epoch(),
+        }
+
     def _record_evaluation(self, event: str, result: EvalResult) -> None:
         self._record(
             event,
@@ -204,15 +211,7 @@ class Loop:
         p, state = self.parts, self.state
         result = self._run_evaluation(final=True)
         first = None if state.first_eval_loss is None else math.exp(min(state.first_eval_loss, 700))
-        p.console.final_results(
-            loss=result.loss,
-            perplexity=result.perplexity,
-            runtime_s=result.runtime_s,
-            samples=result.samples,
-            steps=result.steps,
-            epoch=self._epoch(),
-            first=first,
-        )
+        p.console.final_results(**self._figures(result), first=first)
         self._record_evaluation("final", result)
         return result
 
