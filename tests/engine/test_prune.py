@@ -176,7 +176,7 @@ def test_all_bad_options_are_reported_together(tmp_path: Path, text: Path) -> No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_a_gpu_that_is_not_there(tmp_path: Path, text: Path) -> None:
-    assert _refused(tmp_path, text, model="m", device="cuda") == ["device: found cuda, but torch sees no GPU"]
+    assert _refused(tmp_path, text, model="m", device="cuda") == ["device: found cuda, but torch sees no GPU; set cpu or auto"]
 
 
 def test_bad_places_and_texts(tmp_path: Path, text: Path) -> None:
