@@ -38,8 +38,6 @@ class TrainState:
     last_train_loss: float | None = None
     first_eval_loss: float | None = None
     """of the pruned model, at step 0"""
-    last_eval_loss: float | None = None
-    last_eval_step: int = -1
     best_metric: float | None = None
     best_step: int = -1
     evals_without_improvement: int = 0
@@ -49,7 +47,6 @@ class TrainState:
     skipped_steps: int = 0
     """fp16 overflows"""
     tracker_run_id: str | None = None
-    completed: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
     """room for later versions"""
 

@@ -156,7 +156,6 @@ class Loop:
         first = state.best_metric is None
         before = state.best_metric
         better = first or result.loss < before - self.train.early_stopping_threshold  # type: ignore[operator]
-        state.last_eval_loss, state.last_eval_step = result.loss, state.step
         if state.step == 0:
             state.first_eval_loss = result.loss
         if better:

@@ -313,7 +313,6 @@ def _resume(checkpoint: Checkpoint, fresh: TrainState, stepper: Stepper) -> Trai
     load_optimizer_tensors(stepper.optimizer, stepper.strategy.trainable, checkpoint.optimizer)
     if scaler is not None and state.loss_scale is not None:
         scaler.load_state_dict({**scaler.state_dict(), "scale": state.loss_scale, "_growth_tracker": state.loss_scale_good_steps})
-    state.completed = False
     return state
 
 

@@ -8,8 +8,6 @@ small (megabytes), so there is little to overlap with the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -72,7 +70,3 @@ class Replicated:
     def non_finite(self) -> list[str]:
         """Names of trainable parameters whose gradient is not finite. Waits for the device."""
         return [n for n, p in self.trainable.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-
-    def full_tensors(self) -> Mapping[str, Tensor]:
-        """Whole trainable tensors by parameter name; here every process has them."""
-        return {name: parameter.detach() for name, parameter in self.trainable.items()}

@@ -230,6 +230,26 @@ def test_evaluation_flags():
     assert options == ["--model=m", "--adapter=l", "--dataset_name=wikitext", "--max_samples", "3"]
 
 
+def test_without_do_train_the_pruned_model_is_only_evaluated(tiny_base, tiny_text, tmp_path):
+    other = tmp_path / "validation.txt"
+    other.write_text(tiny_text.read_text()[:6000])
+    argv = [
+        "--model_name_or_path",
+        str(tiny_base),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--dataset_name",
+        str(tiny_text),
+        "--do_eval",
+    ]
+    argv += ["--validation_file", str(other), "--block_size", "32", "--data.cache_dir", str(tmp_path / "cache")]
+    script = [sys.executable, str(ROOT / "scripts" / "finetune_lm.py")]
+    done = subprocess.run([*script, *argv], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^\d+ windows of 32 tokens \(.*validation.txt", done.stdout, re.M)
+    assert re.search(r"^Eval Perplexity: [\d.]+", done.stdout, re.M) and not (tmp_path / "out").exists()
+
+
 def test_pruning_front_end(tiny_base, tmp_path):
     argv = [
         sys.executable,
