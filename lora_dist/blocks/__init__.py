@@ -5,6 +5,7 @@ from lora_dist.blocks.guard import Guard
 from lora_dist.blocks.linear import NamedLinear, find_linears, is_transposed
 from lora_dist.blocks.mask import BlockMask, ElementMask, Mask, grid, pack_bits, tiles_any, unpack_bits
 from lora_dist.blocks.pattern import MASK_FILE, LayerStats, Pattern, detect_pattern
+from lora_dist.blocks.piece import Piece
 
 __all__ = [
     "MASK_FILE",
@@ -16,6 +17,7 @@ __all__ = [
     "Mask",
     "NamedLinear",
     "Pattern",
+    "Piece",
     "detect_pattern",
     "find_linears",
     "grid",
