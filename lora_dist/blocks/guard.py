@@ -1,7 +1,7 @@
 """The guard: refuses to go on when the frozen base or its pattern is not what it was.
 
-At each check, on this rank's own tensors: every pruned tile is exactly zero, and a rotating sample of chunks of the base has the
-digests it had at the start. `check_all` compares every chunk. Called by `engine/loop.py` and by `engine/trainer_callback.py`.
+At each check, on this rank's own tensors or its pieces of them: every pruned tile is exactly zero, and a rotating sample of
+chunks of the base has the digests it had at the start. `check_all` compares every chunk. Made and called by `engine/`.
 
 A chunk's digest is the sum of its bytes, read as int64, times fixed odd numbers, modulo 2^64. Integer sums do not depend on their
 order, so it is exact on any device and number of threads; a change inside one 8-byte word always changes it (odd numbers have
@@ -10,14 +10,18 @@ inverses modulo 2^64).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_dist.blocks.mask import BlockMask, tiles_any
+from lora_dist.blocks.mask import BlockMask, Mask, tiles_any
 from lora_dist.blocks.pattern import Pattern
+from lora_dist.blocks.piece import Piece
+from lora_dist.blocks.rectangles import Rectangle, rectangles
 from lora_dist.log import GuardError
 
 CHUNK_WORDS = 1 << 17
@@ -30,80 +34,103 @@ def _multipliers(device: torch.device) -> Tensor:
     return (torch.randint(-(2**62), 2**62, (CHUNK_WORDS,), generator=generator) * 2 + 1).to(device)
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as flat int64 words (zero-padded to a whole word); a view where it can be."""
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    short = -flat.numel() % 8
-    if short:
-        flat = torch.nn.functional.pad(flat, (0, short))
-    return flat.view(torch.int64)
+def _chunk_words(tensor: Tensor, start: int) -> Tensor:
+    """The tensor's chunk from int64 word `start` on, flat, zero-padded to a whole word; a view where it can be."""
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)[start * 8 : (start + CHUNK_WORDS) * 8]
+    if data.numel() % 8 or data.storage_offset() % 8:  # a slice of a flat buffer may begin inside a word of it: no view can
+        data = torch.cat([data, data.new_zeros(-data.numel() % 8)])
+    return data.view(torch.int64)
 
 
 @dataclass(frozen=True)
 class _Chunk:
     name: str
     start: int
-    """in int64 words"""
+    """in int64 words of what this process holds"""
+
+
+class _Masked:
+    """A base weight, whole or a piece of it, and the mask that it must keep."""
+
+    def __init__(self, name: str, weight: Piece, transposed: bool, mask: Mask) -> None:
+        self.name, self.mask = name, mask
+        self._weight, self._transposed = weight, transposed
+        self.whole = weight.tensor.numel() == math.prod(weight.shape)
+        # Of tiles, those that this process holds something of are on the device once, so that a check copies nothing. Elements
+        # are as many as the weights: they stay packed, and are unpacked at each check.
+        self._pruned = [mask.pruned(part) for part in self.parts()] if isinstance(mask, BlockMask) else []
+
+    def parts(self) -> list[Rectangle]:
+        """Views, made anew at each check: the parameter may have been given other storage since."""
+        return rectangles(self._weight, self._transposed)
+
+    def violated(self) -> list[Tensor]:
+        """One flag a part, on its device: whether it holds a pruned value that is not zero. Waits for nothing."""
+        if not isinstance(self.mask, BlockMask):
+            return [self.mask.zeros_violated(part.weight_OI, part.at).any() for part in self.parts()]
+        return [
+            (tiles_any(part.weight_OI != 0, self.mask.block, part.at) & pruned).any()
+            for part, pruned in zip(self.parts(), self._pruned, strict=True)
+        ]
 
 
 class Guard:
     """Watches frozen parameters and their pattern.
 
     Args:
-        base: every frozen parameter (or this rank's shard) by name, as stored. Kept by reference.
+        base: every frozen parameter, or this process's piece of it, by name, as stored. Kept by reference. A piece may be empty.
         pattern: masks by module name, or None for a base that is guarded as a whole only.
         transposed: names of pattern entries whose weight is stored as (I, O) (GPT-2's Conv1D).
         sample_chunks: chunks compared at each check.
 
     The parameter of pattern entry `m` is `m.weight`, or under peft `m.base_layer.weight`.
+
+    Raises:
+        GuardError: a pattern entry that is not in the base or of another shape there, or a pruned tile that is not zero.
+        ValueError: a piece of a pattern entry's weight that reaches beyond it.
     """
 
     def __init__(
         self,
-        base: Mapping[str, Tensor],
+        base: Mapping[str, Tensor | Piece],
         pattern: Pattern | None,
         *,
         transposed: Collection[str] = (),
         sample_chunks: int = 8,
     ) -> None:
         self.pattern = pattern
-        self._base = dict(base)
-        self._transposed = frozenset(transposed)
+        self._base = {name: held if isinstance(held, Piece) else Piece.whole(held) for name, held in base.items()}
         self._sample = sample_chunks
         self._cursor = 0
         self._chunks = [
             _Chunk(name, start)
-            for name, tensor in self._base.items()
-            for start in range(0, -(-tensor.numel() * tensor.element_size() // 8), CHUNK_WORDS)
+            for name, piece in self._base.items()
+            for start in range(0, -(-piece.tensor.numel() * piece.tensor.element_size() // 8), CHUNK_WORDS)
         ]
-        self._mult = {t.device: _multipliers(t.device) for t in self._base.values()}
-        self._masked = [] if pattern is None else [(n, self._parameter(n), m) for n, m in pattern.items() if not m.keeps_all]
-        self._pruned = {  # on the device once, so that a check copies nothing
-            name: (~mask.kept_PQ).to(weight.device) for name, weight, mask in self._masked if isinstance(mask, BlockMask)
-        }
+        self._mult = {device: _multipliers(device) for device in {piece.tensor.device for piece in self._base.values()}}
+        self._masked = [
+            _Masked(name, self._parameter(name, mask, name in transposed), name in transposed, mask)
+            for name, mask in (pattern or {}).items()
+            if not mask.keeps_all
+        ]
         self.check_pattern("at load")
         self._digests = self._digest(range(len(self._chunks)))
 
-    def _parameter(self, name: str) -> Tensor:
+    def _parameter(self, name: str, mask: Mask, transposed: bool) -> Piece:
         for key in (f"{name}.weight", f"{name}.base_layer.weight"):
             if key in self._base:
-                weight = self._base[key]
-                assert self.pattern is not None
-                expected = self.pattern[name].shape
-                found = tuple(weight.shape)[::-1] if name in self._transposed else tuple(weight.shape)
-                if found != expected:
-                    raise GuardError(f"layer {name}: found a weight of {found}, expected {expected} as in the pattern")
-                return weight
+                shape = tuple(self._base[key].shape)
+                found = shape[::-1] if transposed else shape
+                if found != mask.shape:
+                    raise GuardError(f"layer {name}: found a weight of {found}, expected {mask.shape} as in the pattern")
+                return self._base[key]
         raise GuardError(f"layer {name}: is in the pattern, but not in the base")
-
-    def _oriented(self, name: str, weight: Tensor) -> Tensor:
-        return weight.detach().T if name in self._transposed else weight.detach()
 
     def _digest(self, indices: range | list[int]) -> list[int]:
         sums = []
         for i in indices:
             chunk = self._chunks[i]
-            words = _words(self._base[chunk.name])[chunk.start : chunk.start + CHUNK_WORDS]
+            words = _chunk_words(self._base[chunk.name].tensor, chunk.start)
             sums.append((words * self._mult[words.device][: words.numel()]).sum())
         if not sums:
             return []
@@ -112,7 +139,7 @@ class Guard:
         return [int(s) for s in sums]
 
     def check_pattern(self, when: str) -> None:
-        """Every pruned tile of every layer is exactly zero.
+        """Every pruned tile of every layer is exactly zero, as far as this process holds it.
 
         Args:
             when: words for the message, such as "at step 100".
@@ -120,23 +147,17 @@ class Guard:
         Raises:
             GuardError: naming layer and tile.
         """
-        flags = []
-        for name, weight, mask in self._masked:
-            oriented = self._oriented(name, weight)
-            if isinstance(mask, BlockMask):
-                flags.append((tiles_any(oriented != 0, mask.block) & self._pruned[name]).any())
-            else:
-                flags.append(mask.zeros_violated(oriented).any())
+        flags = [layer.violated() for layer in self._masked]
         by_device: dict[torch.device, list[Tensor]] = {}
-        for flag in flags:
+        for flag in itertools.chain.from_iterable(flags):
             by_device.setdefault(flag.device, []).append(flag)
         if not any(bool(torch.stack(group).any()) for group in by_device.values()):  # one wait a device
             return
-        for (name, weight, mask), bad in zip(self._masked, flags, strict=True):
-            if bad:
-                found = mask.first_violation(self._oriented(name, weight))
+        for layer, bad in zip(self._masked, flags, strict=True):
+            if any(bad):
+                found = layer.mask.first_violation_in(layer.parts())
                 assert found is not None
-                raise GuardError(f"guard {when}: " + found[0].describe(name, mask.kind, found[1]))
+                raise GuardError(f"guard {when}: " + found[0].describe(layer.name, layer.mask.kind, found[1], layer.whole))
 
     def check(self, when: str) -> None:
         """Pruned tiles are zero, and the next few chunks of the base are what they were.

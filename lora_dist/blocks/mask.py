@@ -1,18 +1,22 @@
 """Masks of one weight matrix: whole tiles (`BlockMask`) or single elements (`ElementMask`).
 
 Shapes: O/I out/in features, b block side, P = ceil(O/b) block rows, Q = ceil(I/b) block columns. `True` = kept, everywhere.
-Weights come as `weight_OI`; a transposed storage (GPT-2's Conv1D) is turned by the caller (`weight.T` is a view).
+Weights come as `weight_OI`; a transposed storage (GPT-2's Conv1D) is turned by the caller (`weight.T` is a view). A process
+that holds only a part of a weight checks it as rectangles, each with the place `at` (row, column) of its first element.
 The mask is stored, never inferred again from `W != 0` once a run has begun: a kept weight may be 0 (design section 3).
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from lora_dist.blocks.rectangles import Rectangle
 
 
 def pack_bits(bits: Tensor) -> Tensor:
@@ -34,11 +38,20 @@ def grid(shape: tuple[int, int], block: int) -> tuple[int, int]:
     return -(-shape[0] // block), -(-shape[1] // block)
 
 
-def tiles_any(flags_OI: Tensor, block: int) -> Tensor:
-    """Bool (O, I) -> bool (P, Q): whether a tile holds any `True`. Edge tiles may be smaller than the block."""
-    out_features, in_features = flags_OI.shape
-    P, Q = grid((out_features, in_features), block)
-    pad = (0, Q * block - in_features, 0, P * block - out_features)
+def tiles_any(flags_OI: Tensor, block: int, at: tuple[int, int] = (0, 0)) -> Tensor:
+    """Bool (rows, columns) -> bool (p, q): whether a tile holds any `True`. Edge tiles may be smaller than the block.
+
+    Args:
+        flags_OI: of a matrix (O, I), or of a rectangle of it.
+        block: tile side.
+        at: place of the first flag in the matrix. The answer's first tile is the one that holds it.
+    """
+    if block == 1:
+        return flags_OI
+    rows, columns = flags_OI.shape
+    top, left = at[0] % block, at[1] % block
+    P, Q = grid((top + rows, left + columns), block)
+    pad = (left, Q * block - left - columns, top, P * block - top - rows)
     if any(pad):
         flags_OI = torch.nn.functional.pad(flags_OI, pad)
     # A max over rows first keeps the innermost dimension contiguous, which is what makes this fast on CPU.
@@ -55,14 +68,71 @@ class Violation:
     """tile indices for a block mask, element indices for an element mask"""
     value: float
 
-    def describe(self, name: str, kind: str, count: int) -> str:
+    def describe(self, name: str, kind: str, count: int, whole: bool = True) -> str:
+        """One line for a message.
+
+        Args:
+            name: the layer's.
+            kind: the mask's.
+            count: such places in all that was looked at.
+            whole: whether that was the layer, and not only the part of it that this process holds.
+        """
         place = "tile" if kind == "block" else "element"
-        more = f" ({count} such {place}s in this layer)" if count > 1 else ""
+        where = "this layer" if whole else "this process's part of the layer"
+        more = f" ({count} such {place}s in {where})" if count > 1 else ""
         return f"layer {name}, {place} ({self.row}, {self.col}): found {self.value:g}, expected exactly 0{more}"
 
 
+class _ZeroCheck:
+    """The search for values where a mask expects zeros, alike for both kinds: a single element is a tile of side 1."""
+
+    shape: tuple[int, int]
+    block: int
+
+    def pruned(self, part: Rectangle) -> Tensor:
+        """Bool (p, q) on the part's device: which of the tiles that it touches are pruned."""
+        raise NotImplementedError
+
+    def zeros_violated(self, weight_OI: Tensor, at: tuple[int, int] = (0, 0)) -> Tensor:
+        """Bool (p, q) on the weight's device: pruned tiles that hold something other than exact zero.
+
+        Args:
+            weight_OI: (O, I), or a rectangle of it.
+            at: place of its first element. The answer's first tile is the one that holds it.
+        """
+        return tiles_any(weight_OI.detach() != 0, self.block, at) & self.pruned(Rectangle(weight_OI, at))
+
+    def first_violation(self, weight_OI: Tensor) -> tuple[Violation, int] | None:
+        """The first pruned tile that is not exactly zero and how many there are, or None. Waits for the device.
+
+        Raises:
+            ValueError: if the weight is not of the mask's shape.
+        """
+        if tuple(weight_OI.shape) != self.shape:
+            raise ValueError(f"weight: found shape {tuple(weight_OI.shape)}, expected {self.shape} as in the mask")
+        return self.first_violation_in([Rectangle(weight_OI)])
+
+    def first_violation_in(self, parts: Sequence[Rectangle]) -> tuple[Violation, int] | None:
+        """As `first_violation`, of the parts of a matrix; a tile that lies in several of them counts once."""
+        b = self.block
+        bad_PQ = torch.zeros(grid(self.shape, b), dtype=torch.bool)
+        for part in parts:
+            found = self.zeros_violated(part.weight_OI, part.at).cpu()
+            p, q = part.at[0] // b, part.at[1] // b
+            bad_PQ[p : p + found.shape[0], q : q + found.shape[1]] |= found
+        if not bad_PQ.any():
+            return None
+        p, q = (int(i) for i in bad_PQ.nonzero()[0])
+        values = []
+        for part in parts:
+            top, left = p * b - part.at[0], q * b - part.at[1]  # of the tile, seen from the part
+            tile = part.weight_OI.detach()[max(top, 0) : max(top + b, 0), max(left, 0) : max(left + b, 0)]
+            values.append(tile[tile != 0])
+        return Violation(p, q, float(torch.cat(values)[0])), int(bad_PQ.sum())
+
+
 @dataclass(frozen=True, eq=False)
-class BlockMask:
+class BlockMask(_ZeroCheck):
     """Which `b x b` tiles of an (O, I) matrix are kept.
 
     Attributes:
@@ -117,19 +187,10 @@ class BlockMask:
         kept = self.kept_PQ.to(device)
         return kept.repeat_interleave(self.block, 0)[: self.shape[0]].repeat_interleave(self.block, 1)[:, : self.shape[1]]
 
-    def zeros_violated(self, weight_OI: Tensor) -> Tensor:
-        """Bool (P, Q) on the weight's device: pruned tiles that hold something other than exact zero."""
-        return tiles_any(weight_OI.detach() != 0, self.block) & ~self.kept_PQ.to(weight_OI.device)
-
-    def first_violation(self, weight_OI: Tensor) -> tuple[Violation, int] | None:
-        """The first pruned tile that is not exactly zero and how many there are, or None. Waits for the device."""
-        bad_PQ = self.zeros_violated(weight_OI).cpu()
-        if not bad_PQ.any():
-            return None
-        p, q = (int(i) for i in bad_PQ.nonzero()[0])
+    def pruned(self, part: Rectangle) -> Tensor:
         b = self.block
-        tile = weight_OI.detach()[p * b : (p + 1) * b, q * b : (q + 1) * b]
-        return Violation(p, q, float(tile[tile != 0][0])), int(bad_PQ.sum())
+        rows, columns = (slice(at // b, -(-(at + n) // b)) for at, n in zip(part.at, part.weight_OI.shape, strict=True))
+        return (~self.kept_PQ[rows, columns]).to(part.weight_OI.device)
 
     def packed(self) -> Tensor:
         return pack_bits(self.kept_PQ)
@@ -141,7 +202,7 @@ class BlockMask:
 
 
 @dataclass(frozen=True, eq=False)
-class ElementMask:
+class ElementMask(_ZeroCheck):
     """Which elements of an (O, I) matrix are kept; bit-packed, for 2:4 and unstructured patterns.
 
     Attributes:
@@ -170,16 +231,12 @@ class ElementMask:
     def expand(self, device: torch.device | str = "cpu") -> Tensor:
         return unpack_bits(self.bits.to(device), self.shape[0] * self.shape[1]).view(self.shape)
 
-    def zeros_violated(self, weight_OI: Tensor) -> Tensor:
-        """Bool (O, I): pruned elements that are not exactly zero."""
-        return (weight_OI.detach() != 0) & ~self.expand(weight_OI.device)
-
-    def first_violation(self, weight_OI: Tensor) -> tuple[Violation, int] | None:
-        bad_OI = self.zeros_violated(weight_OI).cpu()
-        if not bad_OI.any():
-            return None
-        row, col = (int(i) for i in bad_OI.nonzero()[0])
-        return Violation(row, col, float(weight_OI.detach()[row, col])), int(bad_OI.sum())
+    def pruned(self, part: Rectangle) -> Tensor:
+        (row, column), (rows, columns), I = part.at, part.weight_OI.shape, self.shape[1]
+        packed = self.bits[row * I // 8 : -(-(row + rows) * I // 8)].to(part.weight_OI.device)  # only these rows are unpacked
+        before = row * I % 8  # bits of the row above in the first byte
+        kept = unpack_bits(packed, before + rows * I)[before:].view(rows, I)
+        return ~kept[:, column : column + columns]
 
     def packed(self) -> Tensor:
         return self.bits

@@ -57,6 +57,27 @@ def test_a_kept_tile_of_zeros_is_no_violation_but_a_pruned_one_with_a_value_is()
     assert (violation.row, violation.col, violation.value, count) == (1, 0, 0.25, 1)
 
 
+@pytest.mark.parametrize("block", [1, 3, 16, 100])
+def test_a_rectangle_is_held_against_the_tiles_that_it_touches(block):
+    generator = torch.Generator().manual_seed(block)
+    masks = [BlockMask.detect(pruned_weight((37, 29), block)[0], block), ElementMask.detect(pruned_weight((37, 29), 1)[0])]
+    for mask in masks:
+        b, pruned = mask.block, ~mask.expand()
+        for _ in range(50):
+            (top, bottom), (left, right) = (sorted(torch.randperm(n + 1, generator=generator)[:2].tolist()) for n in (37, 29))
+            weight = torch.randn(bottom - top, right - left, generator=generator)
+            weight[torch.rand(weight.shape, generator=generator) < 0.9] = 0
+            bad = {(top + i, left + j) for i, j in weight.nonzero().tolist() if pruned[top + i, left + j]}
+            found = mask.zeros_violated(weight, (top, left)).nonzero()
+            assert {(top // b + p, left // b + q) for p, q in found.tolist()} == {(o // b, i // b) for o, i in bad}
+
+
+@pytest.mark.parametrize("mask", [BlockMask.full((32, 16), 16), ElementMask.detect(torch.eye(32, 16))])
+def test_a_weight_of_another_shape_is_refused(mask):
+    with pytest.raises(ValueError, match=r"found shape \(16, 16\), expected \(32, 16\)"):
+        mask.first_violation(torch.zeros(16, 16))
+
+
 def test_bits_survive_packing_and_match_numpy():
     bits = torch.rand(37, generator=torch.Generator().manual_seed(3)) > 0.5
     packed = pack_bits(bits)
