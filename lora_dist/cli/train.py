@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -12,12 +14,35 @@ VERB = Verb(
     prog="lora-dist train",
     description="Recover a block-pruned model with a LoRA that keeps every pruned tile exactly zero.",
     sections=True,
-    aliases={"resume": "train.resume_from_checkpoint", "output_dir": "train.output_dir"},
+    aliases={
+        "resume": "train.resume_from_checkpoint",
+        "output_dir": "train.output_dir",
+        "strategy": "parallel.strategy",
+        "ds_config": "parallel.ds_config",
+        "deepspeed": "parallel.ds_config",
+        "deepspeed_config": "parallel.ds_config",
+    },
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    return run(parse(RunConfig, argv, VERB))
+    return run(parse(RunConfig, without_launcher_flags(argv), VERB))
+
+
+def without_launcher_flags(argv: Sequence[str]) -> list[str]:
+    """Leave out what launchers add to a command line and what says nothing here: `--local_rank=N`, which stands in LOCAL_RANK as
+    well, and a `--deepspeed` with no file behind it, the switch of DeepSpeed's own examples."""
+    tokens, kept = list(argv), []
+    while tokens:
+        token = tokens.pop(0)
+        value_follows = bool(tokens) and not re.match(r"--|[A-Za-z_][\w.]*=", tokens[0])
+        name, given, _ = token.replace("-", "_").partition("=")
+        if name == "__local_rank" and "LOCAL_RANK" in os.environ:
+            if value_follows and not given:
+                tokens.pop(0)
+        elif token != "--deepspeed" or value_follows:
+            kept.append(token)
+    return kept
 
 
 def run(config: RunConfig) -> int:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lora_dist.cli.options import parse
-from lora_dist.cli.train import VERB
+from lora_dist.cli.train import VERB, without_launcher_flags
 from lora_dist.config import RunConfig
 from lora_dist.log import UserError
 
@@ -47,6 +47,31 @@ def test_lists_may_be_separated_by_commas():
 
 def test_aliases():
     assert read("--resume", "auto").train.resume_from_checkpoint == "auto"
+
+
+@pytest.mark.parametrize("form", [["--local_rank=1"], ["--local-rank=1"], ["--local_rank", "1"], ["--local-rank", "-1"]])
+def test_a_rank_from_the_launcher_is_left_out_where_the_environment_has_it(form, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    argv = ["--train.seed", "3", *form, "--train.bf16"]
+    assert without_launcher_flags(argv) == argv
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert without_launcher_flags(argv) == ["--train.seed", "3", "--train.bf16"]
+
+
+@pytest.mark.parametrize("after", [[], ["--train.seed", "3"], ["train.seed=3"]])
+def test_a_bare_deepspeed_switch_says_nothing(after):
+    config = read(*without_launcher_flags(["--deepspeed", *after]))
+    assert config.parallel.ds_config is None and config.train.seed == (3 if after else 42)
+
+
+@pytest.mark.parametrize(
+    "form", [["--deepspeed", "z.json"], ["--deepspeed=z.json"], ["--deepspeed", "--deepspeed_config", "z.json"]]
+)
+def test_deepspeeds_json_may_be_given_as_in_its_own_and_hugging_faces_examples(form, tmp_path):
+    file = tmp_path / "z.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    argv = [word.replace("z.json", str(file)) for word in form]
+    assert read(*without_launcher_flags(argv)).parallel.ds_config == str(file)
 
 
 def test_all_problems_are_reported_together_with_the_nearest_name(tmp_path):
