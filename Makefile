@@ -11,6 +11,9 @@ SHELL := bash
 PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
+NPROC ?=
+ZERO ?= 2
+OFFLOAD ?=
 
 # Threads that wait for each other should sleep, not spin: on a machine shared with other work, spinning makes torch several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -28,10 +31,12 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^ERROR|^error/ { print } { fflush() }'
 
 .PHONY: help venv demo test lint format bench measure-stories measure-wikitext hooks clean
+.PHONY: train train-torchrun train-deepspeed train-fsdp train-accelerate resume eval merge
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=python3.12 (3.11 to 3.13), JOBS=2 (test processes), ARGS='...' (handed to demo, test and bench)"
+	@echo "  Variables: PYTHON=python3.12 (3.11 to 3.13), JOBS=2 (test processes), ARGS='...' (handed to the program)"
+	@echo "  Training: CONFIG=my.yaml, NPROC=2 (processes on this machine; default: the GPUs), ARGS='--train.max_steps 100'"
 
 venv: $(STAMP)  ## make .venv with everything that demo, test and lint need
 
@@ -55,6 +60,48 @@ check-python:
 
 demo: $(STAMP)  ## train, prune, recover and merge a small model, with a table at the end (about 6 minutes)
 	@$(BIN)/python scripts/demo.py $(ARGS)
+
+# Variables that a target needs, each with what was expected: one line and exit code 2 before anything is installed or started.
+need-CONFIG: EXPECTED := the run's YAML file, as in CONFIG=configs/wikitext2_llama.yaml
+need-MODEL: EXPECTED := the directory of a model
+need-BASE: EXPECTED := the directory of the pruned model
+need-ADAPTER: EXPECTED := the directory of an adapter
+need-OUT: EXPECTED := a directory for the merged model
+.PHONY: need-CONFIG need-MODEL need-BASE need-ADAPTER need-OUT
+need-CONFIG need-MODEL need-BASE need-ADAPTER need-OUT:
+	@[ -n '$($(@:need-%=%))' ] || { echo "$(@:need-%=%): found nothing, expected $(EXPECTED)" >&2; exit 2; }
+
+# The launchers take these from the environment; all their other variables (docs/launching.md) reach them from the user's.
+LAUNCH := PYTHON=$(BIN)/python NPROC='$(NPROC)' launch
+# One process without a launcher, unless NPROC asks for more.
+START := $(if $(filter-out 1,$(NPROC)),$(LAUNCH)/torchrun.sh,$(BIN)/python -m lora_dist)
+
+train: need-CONFIG $(STAMP)  ## train on one process (CONFIG=my.yaml)
+	@$(BIN)/python -m lora_dist train --config '$(CONFIG)' $(ARGS)
+
+train-torchrun: need-CONFIG $(STAMP)  ## train on NPROC processes under torchrun
+	@$(LAUNCH)/torchrun.sh train --config '$(CONFIG)' $(ARGS)
+
+train-deepspeed: need-CONFIG $(STAMP)  ## train with DeepSpeed (ZERO=1, 2 or 3; OFFLOAD=cpu or nvme)
+	@case '$(ZERO)' in 1|2|3) ;; *) echo "ZERO: found '$(ZERO)', expected 1, 2 or 3" >&2; exit 2 ;; esac
+	@case '$(OFFLOAD)' in ''|cpu|nvme) ;; *) echo "OFFLOAD: found '$(OFFLOAD)', expected cpu, nvme or nothing" >&2; exit 2 ;; esac
+	@$(LAUNCH)/deepspeed.sh train --config '$(CONFIG)' --parallel.strategy zero$(ZERO) \
+		$(if $(OFFLOAD),--parallel.offload_optimizer $(OFFLOAD) $(if $(filter 3,$(ZERO)),--parallel.offload_param $(OFFLOAD))) $(ARGS)
+
+train-fsdp: need-CONFIG $(STAMP)  ## train with base, gradients and optimizer sharded by FSDP2
+	@$(LAUNCH)/torchrun.sh train --config '$(CONFIG)' --parallel.strategy fsdp2 $(ARGS)
+
+train-accelerate: need-CONFIG $(STAMP)  ## train on NPROC processes under accelerate launch
+	@$(LAUNCH)/accelerate.sh train --config '$(CONFIG)' $(ARGS)
+
+resume: need-CONFIG $(STAMP)  ## go on from the newest checkpoint, on one process or NPROC
+	@$(START) train --config '$(CONFIG)' --resume auto $(ARGS)
+
+eval: need-MODEL $(STAMP)  ## perplexity (MODEL=dir, ADAPTER=dir if there is one, ARGS='--dataset_name text.txt')
+	@$(START) eval '$(MODEL)' $(if $(ADAPTER),--adapter '$(ADAPTER)') $(ARGS)
+
+merge: need-BASE need-ADAPTER need-OUT $(STAMP)  ## add an adapter to its base (BASE=dir ADAPTER=dir OUT=dir)
+	@$(BIN)/python -m lora_dist merge '$(BASE)' '$(ADAPTER)' '$(OUT)' $(ARGS)
 
 # One thread a process: two test processes on two cores; torch's own threads would only wait for each other.
 test: $(STAMP)  ## run all tests (ARGS='-m "not slow"' for the quick ones)
