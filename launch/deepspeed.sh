@@ -119,7 +119,7 @@ start_hosts() {
   [ -z "${NPROC:-}" ] || say "NPROC is not used: the slots in $HOSTFILE say how many processes each host starts"
   if [ -z "${MASTER_ADDR:-}" ]; then
     MASTER_ADDR="${HOSTS[0]}"
-    [ "$MASTER_ADDR" != localhost ] || fail "MASTER_ADDR: found nothing, expected the address of localhost as the other hosts know it"
+    [ "$MASTER_ADDR" != localhost ] || fail "MASTER_ADDR: found nothing, expected the first host's address for the others"
   fi
   MASTER_PORT="${MASTER_PORT:-29500}"
   whole MASTER_PORT 1
