@@ -28,6 +28,8 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Exit codes: 0 done, 1 failed, 2 bad input (one line a problem on stderr), 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and "LOCAL_RANK" in os.environ and arguments[0].replace("-", "_").startswith("__local_rank="):
+        del arguments[0]  # DeepSpeed's launcher puts it before everything else
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0

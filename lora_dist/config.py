@@ -233,7 +233,8 @@ class ParallelArgs:
     """How the run is spread over processes."""
 
     strategy: Literal["auto", "ddp", "fsdp2", "zero1", "zero2", "zero3"] = "auto"
-    """ddp: the base on every process. fsdp2, zero3: base, gradients and optimizer sharded. zero1: optimizer sharded; zero2: gradients too. auto: the stage of ds_config, else ddp."""
+    """ddp: the base on every process; zero1, zero2: the same, but optimizer (and gradients) sharded; fsdp2, zero3: base sharded too; auto:
+    the stage of ds_config, else ddp."""
     ds_config: str | None = None
     """DeepSpeed's JSON for a zero strategy (configs/ds has one of each); its "auto" values are filled in from these options."""
     offload_optimizer: Literal["auto", "none", "cpu", "nvme"] = "auto"
@@ -257,14 +258,20 @@ class ParallelArgs:
         if self.ds_config is not None and not zero:
             yield f"parallel.ds_config: found {self.ds_config} with strategy {self.strategy}, expected zero1, zero2, zero3 or auto"
         if self.offload_optimizer in ("cpu", "nvme") and (not zero or (self.strategy == "auto" and self.ds_config is None)):
-            yield f"parallel.offload_optimizer: found {self.offload_optimizer} with strategy {self.strategy}, expected zero1, zero2 or zero3"
+            yield (
+                f"parallel.offload_optimizer: found {self.offload_optimizer} with strategy {self.strategy}, "
+                "expected zero1, zero2 or zero3"
+            )
         if self.offload_param in ("cpu", "nvme") and (
             self.strategy not in ("auto", "zero3") or (self.strategy == "auto" and self.ds_config is None)
         ):
             yield f"parallel.offload_param: found {self.offload_param} with strategy {self.strategy}, expected zero3"
         if "nvme" in (self.offload_optimizer, self.offload_param):
             if self.strategy in ("zero1", "zero2"):
-                yield f"parallel.offload_optimizer: found nvme with strategy {self.strategy}, expected zero3 (DeepSpeed has it there only)"
+                yield (
+                    f"parallel.offload_optimizer: found nvme with strategy {self.strategy}, "
+                    "expected zero3 (DeepSpeed has it there only)"
+                )
             if self.nvme_path is None and self.ds_config is None:
                 yield "parallel.nvme_path: found nothing, expected a folder on a fast local disk for nvme"
         if self.hybrid_shard and self.strategy != "fsdp2":

@@ -10,6 +10,7 @@ from lora_dist.adapter.attach import (
     load_adapter_tensors,
     merge_adapter,
     read_adapter_config,
+    read_adapter_tensors,
     save_adapter,
     update_outside_mask,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "masked_product",
     "merge_adapter",
     "read_adapter_config",
+    "read_adapter_tensors",
     "save_adapter",
     "update_outside_mask",
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -133,8 +133,11 @@ def save_adapter(model: PeftModel, folder: Path, tensors: Mapping[str, Tensor]) 
     return [*files, folder / MASK_FILE] if config.peft_type == PEFT_TYPE else files
 
 
-def load_adapter_tensors(model: PeftModel, folder: Path) -> None:
-    """Read saved tensors into the adapter that `model` already has.
+def read_adapter_tensors(model: PeftModel, folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Saved tensors of the adapter that `model` has, by parameter name.
+
+    Args:
+        shapes: full shapes of the trainable parameters by name; the model itself may hold shards.
 
     Raises:
         UserError: file missing or unreadable, or its tensors are not exactly the adapter's (names and shapes).
@@ -144,20 +147,32 @@ def load_adapter_tensors(model: PeftModel, folder: Path) -> None:
         saved = load_file(str(file))
     except (OSError, SafetensorError) as error:
         raise UserError(f"adapter: {file} cannot be read ({error})") from error
-    live = adapter_tensors(model)
-    problems = _mismatches(live, saved)
+    names = list(shapes)
+    numbered = get_peft_model_state_dict(  # PEFT's names for these parameters, whatever its rules
+        model, state_dict={name: torch.tensor(i) for i, name in enumerate(names)}, save_embedding_layers=False
+    )
+    by_file_name = {file_name: names[int(number)] for file_name, number in numbered.items()}
+    problems = _mismatches({file_name: shapes[name] for file_name, name in by_file_name.items()}, saved)
     if problems:
         raise UserError(f"adapter: {file} does not fit this run's adapter: {problems[0]} ({len(problems)} such); check adapter.*")
-    set_peft_model_state_dict(model, saved)
+    return {name: saved[file_name] for file_name, name in by_file_name.items()}
 
 
-def _mismatches(live: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> list[str]:
+@torch.no_grad()
+def load_adapter_tensors(model: PeftModel, folder: Path) -> None:
+    """Read saved tensors into the adapter that `model` already has, whole. Raises as `read_adapter_tensors`."""
+    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, tensor in read_adapter_tensors(model, folder, {name: p.shape for name, p in live.items()}).items():
+        live[name].copy_(tensor)
+
+
+def _mismatches(live: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> list[str]:
     missing = [f"{name} is missing in the file" for name in live if name not in saved]
     unknown = [f"{name} is unknown to the model" for name in saved if name not in live]
     shapes = [
-        f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(live[name].shape)}"
+        f"{name} has shape {tuple(saved[name].shape)}, expected {tuple(live[name])}"
         for name in live
-        if name in saved and saved[name].shape != live[name].shape
+        if name in saved and saved[name].shape != live[name]
     ]
     return missing + unknown + shapes
 
@@ -212,7 +227,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
             raise
         raise UserError(f"adapter: {folder} does not load on this base: {str(error).splitlines()[0]}") from error
     saved = load_file(str(Path(folder) / ADAPTER_FILE))
-    problems = _mismatches(adapter_tensors(loaded), saved)
+    problems = _mismatches({name: tensor.shape for name, tensor in adapter_tensors(loaded).items()}, saved)
     if problems:
         raise UserError(f"adapter: {folder} does not fit this base: {problems[0]} ({len(problems)} such)")
     return loaded

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Sequence
 
 from lora_dist.cli.options import Verb, parse
 from lora_dist.config import RunConfig
+from lora_dist.log import UserError
 
 VERB = Verb(
     prog="lora-dist train",
@@ -47,56 +47,15 @@ def without_launcher_flags(argv: Sequence[str]) -> list[str]:
 
 def run(config: RunConfig) -> int:
     """Train by a checked configuration; the exit code. Used by the scripts' front ends too."""
-    import torch
-
-    from lora_dist.engine.loop import Loop, peak_memory_gib
-    from lora_dist.engine.setup import build
-    from lora_dist.log import UserError
-    from lora_dist.monitor.advice import out_of_memory
-    from lora_dist.monitor.console import Console
+    from lora_dist.engine.train import train
     from lora_dist.parallel import close_world, init_world
 
     problems = config.problems()
     if problems:
         raise UserError(problems)
-    world = init_world(backend=config.parallel.backend, device=config.parallel.device, timeout_s=config.parallel.timeout_s)
-    console = Console(enabled=world.is_main)
-    where, parts, code = "while loading", None, 1
+    args = config.parallel
+    world = init_world(backend=args.backend, device=args.device, timeout_s=args.timeout_s, always=True)
     try:
-        parts = build(config, world, console)
-        where = "while training"
-        Loop(parts).run()
-        code = 0
-        return 0
-    except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        advice = out_of_memory(
-            block_size=config.data.block_size,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-            micro_batch=config.train.per_device_train_batch_size,
-            accumulation=config.train.gradient_accumulation_steps,
-            rank=config.adapter.r,
-            where=where,
-            peak_gib=peak_memory_gib(torch.device(world.device)),
-        )
-        console.log_only(advice)
-        print(advice if world.is_main else f"rank {world.rank}: {advice}", file=sys.stderr, flush=True)
-        return 1
+        return train(config, world)
     finally:
-        if parts is not None and parts.tracker is not None:
-            parts.tracker.finish(code)
-        if parts is not None and parts.lock is not None:
-            parts.lock.close()
-        console.close()
         close_world()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA raises a class of its own; the CPU allocator a plain RuntimeError with these words."""
-    import torch
-
-    text = str(error)
-    return (
-        isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text or "not enough memory" in text
-    )

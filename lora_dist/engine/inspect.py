@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lora_dist.adapter import ADAPTER_CONFIG, ADAPTER_FILE, BlockLoraConfig, read_adapter_config
 from lora_dist.arguments import InspectArgs
 from lora_dist.blocks import MASK_FILE, BlockMask, LayerStats, NamedLinear, Pattern
-from lora_dist.engine.pattern import base_pattern
+from lora_dist.engine.pattern import base_pattern, zero_share
 from lora_dist.log import UserError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.loading import load_base
@@ -84,7 +84,7 @@ def _model(name: str, block: int) -> Inspection:
     found = Inspection("model", pattern, pattern_found.source, pattern.stats() if pattern else [])
     found.facts += [
         f"{type(base.model).__name__}, {sum(p.numel() for p in base.model.parameters()):,} parameters, fingerprint {base.fingerprint[:12]}",
-        f"{len(linears)} linears in the decoder layers, {pattern_found.zero_share:.2%} of their weights are zero",
+        f"{len(linears)} linears in the decoder layers, {zero_share(linears):.2%} of their weights are zero",
     ]
     bad = [n for n, p in base.model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:

@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from lora_dist.adapter import adapter_tensors, load_adapter_tensors, save_adapter
+from lora_dist.adapter import adapter_tensors, read_adapter_tensors, save_adapter
 from lora_dist.data.loader import StepBatch, eval_batches
 from lora_dist.engine.checkpoint import ADAPTER, list_checkpoints, retain, save_checkpoint
 from lora_dist.engine.folder import publish_files
-from lora_dist.engine.optimizer import optimizer_tensors
 from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import StepResult
@@ -57,7 +56,7 @@ class Loop:
             total_batch=p.loader.global_batch,
             accumulation=train.gradient_accumulation_steps,
             steps=p.total_steps,
-            trainable=sum(t.numel() for t in p.strategy.trainable.values()),
+            trainable=sum(shape.numel() for shape in p.strategy.shapes.values()),
         )
         if train.eval_on_start and p.eval_windows is not None and self.state.first_eval_loss is None:
             self._evaluate()
@@ -75,7 +74,7 @@ class Loop:
         p, state = self.parts, self.state
         if state.step >= p.total_steps or self._out_of_patience():
             return
-        p.model.train()
+        p.strategy.module.train()
         for batch in p.loader.steps_from(state.cursor):
             result = self._step(batch)
             self._log(result)
@@ -100,9 +99,8 @@ class Loop:
         state.loss_window_steps += 1
         state.skipped_steps += not result.applied
         state.train_time_s = self._elapsed_s()
-        if p.stepper.scaler is not None:
-            state.loss_scale = p.stepper.scaler.get_scale()
-            state.loss_scale_good_steps = p.stepper.scaler.state_dict()["_growth_tracker"]
+        if p.strategy.loss_scale is not None:
+            state.loss_scale, state.loss_scale_good_steps = p.strategy.loss_scale.scale, p.strategy.loss_scale.good_steps
         self._step_times_s.append(result.step_time_s)
         self._since_log_tokens += result.label_tokens
         self._since_log_s += result.step_time_s
@@ -133,7 +131,7 @@ class Loop:
             "step_time_s": result.step_time_s,
             "peak_mem_gib": peak_memory_gib(p.world.device),
         }
-        if p.stepper.scaler is not None:
+        if p.strategy.loss_scale is not None:
             values |= {"loss_scale": float(state.loss_scale or 0), "skipped_steps": state.skipped_steps}
         self._record("train", values)
 
@@ -178,7 +176,7 @@ class Loop:
         batch_size = train.per_device_eval_batch_size
         bar = p.console.bar(math.ceil(len(p.eval_windows) / (batch_size * p.world.size)), "Evaluating")
         batches = eval_batches(p.eval_windows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
-        result = evaluate_loss(p.model, batches, world=p.world, samples=len(p.eval_windows), on_batch=bar.update)
+        result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_windows), on_batch=bar.update)
         bar.close()
         self._eval_times_s.append(result.runtime_s)
         return result
@@ -224,8 +222,7 @@ class Loop:
         except UserError as error:
             problem = error
         self._record("guard", {"check_time_s": time.perf_counter() - start, "whole_base": whole})
-        if self.parts.world.any(problem is not None):
-            raise problem or UserError(f"guard {when}: another process found a change in its copy of the base")
+        self.parts.world.agree(problem)
 
     def _saved(self, step: int) -> bool:
         return bool(self.parts.world.on_main(lambda: any(n == step for n, _ in list_checkpoints(self.parts.output_dir))))
@@ -234,15 +231,14 @@ class Loop:
         """Collective: guard, gather, publish on rank 0, retire old ones."""
         p, state = self.parts, self.state
         self._checked_everywhere(f"before saving at step {state.step}")
-        adapter = adapter_tensors(p.model, None)
-        optimizer = optimizer_tensors(p.optimizer, p.strategy.trainable)
         start = time.perf_counter()
+        trained, optimizer = p.strategy.trainable_tensors(), p.strategy.optimizer_tensors()
 
         def publish() -> None:
             p.console.saving(p.output_dir / f"checkpoint-{state.step}")
             final = save_checkpoint(
                 p.output_dir,
-                write_adapter=lambda folder: save_adapter(p.model, folder, adapter),
+                write_adapter=lambda folder: save_adapter(p.model, folder, adapter_tensors(p.model, trained)),
                 optimizer=optimizer,
                 state=state,
                 identity=p.identity,
@@ -266,17 +262,17 @@ class Loop:
         folder = p.output_dir / f"checkpoint-{state.best_step}"
         if state.best_step != state.step:
             p.console.note(f"loading the best adapter, of step {state.best_step}")
-            load_adapter_tensors(p.model, folder / ADAPTER)
+            p.strategy.load_trainable(read_adapter_tensors(p.model, folder / ADAPTER, p.strategy.shapes))
         return folder.name
 
     def _finish(self, final: EvalResult | None, best: str | None) -> None:
         """Collective: the final adapter and tokenizer into the run folder, then the summary."""
         p, state = self.parts, self.state
-        tensors = adapter_tensors(p.model, None)
+        trained = p.strategy.trainable_tensors()
 
         def write() -> None:
             p.console.saving(p.output_dir)
-            publish_files(p.output_dir, lambda folder: save_adapter(p.model, folder, tensors))
+            publish_files(p.output_dir, lambda folder: save_adapter(p.model, folder, adapter_tensors(p.model, trained)))
             p.console.saved_files(p.output_dir / "adapter_config.json", p.output_dir / "adapter_model.safetensors")
             publish_files(p.output_dir, lambda folder: p.base.tokenizer.save_pretrained(str(folder)))
             p.console.tokenizer_saved(p.output_dir / "tokenizer_config.json")

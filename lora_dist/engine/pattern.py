@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_dist.blocks import MASK_FILE, NamedLinear, Pattern, detect_pattern
 from lora_dist.log import UserError
@@ -24,27 +25,37 @@ class FoundPattern:
     source: str
     """stored, detected or none"""
     zero_share: float
-    """share of exactly zero weights in the prunable linears"""
+    """share of exactly zero weights in the prunable linears; of pruned ones, where the mask is stored"""
 
 
-def zero_share(linears: list[NamedLinear]) -> float:
+def _weight_of(linear: NamedLinear) -> Tensor:
+    return linear.weight_OI
+
+
+def zero_share(linears: list[NamedLinear], weight_of: Callable[[NamedLinear], Tensor] = _weight_of) -> float:
     """Share of exactly zero weights."""
-    zeros = sum(int((linear.weight_OI == 0).sum()) for linear in linears)
+    zeros = sum(int((weight_of(linear) == 0).sum()) for linear in linears)
     return zeros / max(1, sum(linear.weight_OI.numel() for linear in linears))
 
 
-def base_pattern(model: nn.Module, source_dir: Path | None, *, block: int) -> FoundPattern:
+def base_pattern(
+    model: nn.Module,
+    source_dir: Path | None,
+    *,
+    block: int,
+    weight_of: Callable[[NamedLinear], Tensor] = _weight_of,
+) -> FoundPattern:
     """The pattern of a base as it stands: the mask file beside it, else tiles of zeros, else single zeros, else none.
 
     Args:
         source_dir: where the model was read from; None looks at the weights only.
         block: tile side to look for where no mask is stored.
+        weight_of: reads a linear's weight_OI, where the model itself holds placeholders only.
 
     Raises:
         UserError, GuardError: a stored mask that is damaged or does not fit the model.
     """
     linears = prunable_linears(model)
-    share = zero_share(linears)
     if source_dir is not None and (source_dir / MASK_FILE).is_file():
         pattern = Pattern.load(source_dir)
         shapes = {linear.name: tuple(linear.weight_OI.shape) for linear in linears}
@@ -54,12 +65,13 @@ def base_pattern(model: nn.Module, source_dir: Path | None, *, block: int) -> Fo
                     f"{source_dir / MASK_FILE}: layer {name} has a mask of {mask.shape}, the model has "
                     f"{shapes.get(name, 'no such linear')}: the mask belongs to another model"
                 )
-        return FoundPattern(pattern, "stored", share)
-    tiles = detect_pattern(((linear.name, linear.weight_OI) for linear in linears), "block", block)
+        return FoundPattern(pattern, "stored", pattern.sparsity)
+    share = zero_share(linears, weight_of)
+    tiles = detect_pattern(((linear.name, weight_of(linear)) for linear in linears), "block", block)
     if tiles.sparsity >= MIN_BLOCK_SPARSITY:
         return FoundPattern(tiles, "detected", share)
     if share >= MIN_ELEMENT_SPARSITY:
-        elements = detect_pattern(((linear.name, linear.weight_OI) for linear in linears), "element", block)
+        elements = detect_pattern(((linear.name, weight_of(linear)) for linear in linears), "element", block)
         return FoundPattern(elements, "detected", share)
     return FoundPattern(None, "none", share)
 

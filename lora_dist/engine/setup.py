@@ -22,19 +22,19 @@ from lora_dist.data.loader import StepLoader
 from lora_dist.data.sources import TextSource
 from lora_dist.data.text import hold_out, load_windows
 from lora_dist.data.windows import Windows
+from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, require_finite
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
 from lora_dist.engine.folder import LOG, METRICS, check_folder, claim_folder
-from lora_dist.engine.optimizer import load_optimizer_tensors, make_optimizer
-from lora_dist.engine.pattern import adapter_pattern, base_pattern
+from lora_dist.engine.pattern import FoundPattern, adapter_pattern
 from lora_dist.engine.schedule import warmup_steps
 from lora_dist.engine.step import Stepper
+from lora_dist.engine.wrap import StrategyPlan, plan_strategy, wrap
 from lora_dist.log import GuardError, UserError
-from lora_dist.models.architecture import prunable_linears
-from lora_dist.models.loading import LoadedBase, load_base
+from lora_dist.models.loading import BaseSource, LoadedBase
 from lora_dist.monitor.console import Console
 from lora_dist.monitor.metrics import MetricsFile
 from lora_dist.monitor.trackers import WandbSink
-from lora_dist.parallel import Replicated, World
+from lora_dist.parallel import LossScale, Strategy, World
 from lora_dist.state import TrainState
 
 
@@ -50,8 +50,7 @@ class Parts:
     guard: Guard
     model: Any
     """the PEFT model"""
-    strategy: Replicated
-    optimizer: torch.optim.Optimizer
+    strategy: Strategy
     stepper: Stepper
     loader: StepLoader
     train_windows: Windows
@@ -82,8 +81,10 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         )
     )
     output_dir = plan.folder
+    strategy_plan = plan_strategy(config, world)
     checkpoint = load_checkpoint(plan.checkpoint) if plan.checkpoint is not None else None
-    base, pattern, guard = _base(config, world, console)
+    opened = _base(config, world, console, strategy_plan)
+    base, pattern = opened.base, _adapter_pattern(config, console, opened.found)
     identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
     if checkpoint is not None:
         _check_identity(checkpoint, identity)
@@ -95,13 +96,16 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
     if checkpoint is not None:
         _check_adapter(checkpoint, config)
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
-    stepper = _stepper(config, Replicated(model, world), world)
+    strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint)
+    pieces = base_pieces(base.model, strategy.piece)
+    require_finite(world, pieces)
+    guard = make_guard(world, pieces, opened.found.pattern, opened.linears, sample_chunks=config.guard.sample_chunks)
     loader = _loader(config, world, train_windows)
     train = config.train
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
     state = TrainState(seed=train.seed, num_samples=len(train_windows), data_digest=train_windows.digest)
     if checkpoint is not None:
-        state = _resume(checkpoint, state, stepper)
+        state = _resume(checkpoint, state, strategy)
         if checkpoint.path.resolve().parent != output_dir.resolve():
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     metrics = MetricsFile(output_dir / METRICS)
@@ -120,9 +124,8 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         pattern=pattern,
         guard=guard,
         model=model,
-        strategy=stepper.strategy,
-        optimizer=stepper.optimizer,
-        stepper=stepper,
+        strategy=strategy,
+        stepper=Stepper(strategy, world),
         loader=loader,
         train_windows=train_windows,
         eval_windows=eval_windows,
@@ -160,17 +163,33 @@ def _with_adapter(config: RunConfig, base: LoadedBase, pattern: Pattern | None) 
     return model
 
 
-def _stepper(config: RunConfig, strategy: Replicated, world: World) -> Stepper:
-    train = config.train
-    optimizer = make_optimizer(
-        strategy.trainable,
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        eps=train.adam_epsilon,
-        weight_decay=train.weight_decay,
-    )
-    scaler = torch.amp.GradScaler(world.device.type) if train.fp16 else None
-    return Stepper(strategy, optimizer, world, max_grad_norm=train.max_grad_norm, scaler=scaler)
+def _strategy(
+    config: RunConfig,
+    world: World,
+    console: Console,
+    plan: StrategyPlan,
+    model: Any,
+    opened: BaseAndPattern,
+    checkpoint: Checkpoint | None,
+) -> Strategy:
+    """The wrapped model, in force, with what each process holds on the console."""
+    loss_scale = LossScale() if config.train.fp16 else None
+    if loss_scale is not None and checkpoint is not None and checkpoint.state.loss_scale is not None:
+        loss_scale = LossScale(checkpoint.state.loss_scale, checkpoint.state.loss_scale_good_steps)
+    strategy, notes = wrap(config, world, plan, model, opened, loss_scale)
+    for note in notes:
+        console.note(note)
+    if strategy.name != "ddp":
+        held = strategy.placement()
+        console.placement(
+            strategy.name,
+            world.size,
+            base_elements=held.base_elements,
+            base_elements_total=held.base_elements_total,
+            base_bytes=held.base_bytes,
+            trainable_elements=held.trainable_elements,
+        )
+    return strategy
 
 
 def _loader(config: RunConfig, world: World, windows: Windows) -> StepLoader:
@@ -194,45 +213,42 @@ def compute_dtype(dtype: str, bf16: bool, fp16: bool) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
 
 
-def _base(config: RunConfig, world: World, console: Console) -> tuple[LoadedBase, Pattern | None, Guard]:
-    """Base on the device, the adapter's pattern, and the guard, which has checked every pruned tile."""
+def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan) -> BaseAndPattern:
+    """The base, whole or in placeholders, and its pattern."""
     args = config.model
-    with world.main_first():
-        base = load_base(
-            args.name_or_path,
-            config_name=args.config_name,
-            dtype=compute_dtype(args.dtype, config.train.bf16, config.train.fp16),
-            attn_implementation=args.attn_implementation,
-            trust_remote_code=args.trust_remote_code,
-            device=str(world.device),
-            progress=world.is_main,
-        )
+
+    def check(source: BaseSource) -> None:
+        if source.context is not None and config.data.block_size > source.context:
+            raise UserError(
+                f"data.block_size: found {config.data.block_size}, expected at most the model's context of {source.context}"
+            )
+
+    opened = load_for(
+        world,
+        args.name_or_path,
+        sharded=plan.sharded_base,
+        block=config.adapter.block,
+        config_name=args.config_name,
+        dtype=compute_dtype(args.dtype, config.train.bf16, config.train.fp16),
+        attn_implementation=args.attn_implementation,
+        trust_remote_code=args.trust_remote_code,
+        check=check,
+    )
+    base = opened.base
     console.model_loaded()
     if base.config_from != args.name_or_path or base.tokenizer_from != args.name_or_path:
         console.note(f"config from {base.config_from}, tokenizer from {base.tokenizer_from}")
-    limit = getattr(base.model.config, "max_position_embeddings", None)
-    if limit is not None and config.data.block_size > limit:
-        raise UserError(f"data.block_size: found {config.data.block_size}, expected at most the model's context of {limit}")
-    _require_finite(base.model)
-    found = base_pattern(base.model, base.source_dir, block=config.adapter.block)
-    transposed = {linear.name for linear in prunable_linears(base.model) if linear.transposed}
-    guard = Guard(
-        dict(base.model.named_parameters()), found.pattern, transposed=transposed, sample_chunks=config.guard.sample_chunks
-    )
-    pattern = adapter_pattern(found, config.adapter.mask, block=config.adapter.block, model_name=args.name_or_path)
+    return opened
+
+
+def _adapter_pattern(config: RunConfig, console: Console, found: FoundPattern) -> Pattern | None:
+    """The pattern that the update is to respect."""
+    pattern = adapter_pattern(found, config.adapter.mask, block=config.adapter.block, model_name=config.model.name_or_path)
     if pattern is None and found.pattern is not None:
         console.warning("adapter.mask none: the update is dense; merging it would destroy the base's sparsity pattern")
     elif pattern is None:
         console.note("the base has no sparsity pattern: plain LoRA")
-    return base, pattern, guard
-
-
-def _require_finite(model: Any) -> None:
-    bad = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    if bad:
-        raise UserError(
-            f"model.name_or_path: {len(bad)} parameters of the base hold NaN or infinity, first {bad[0]}: prune or save it again"
-        )
+    return pattern
 
 
 def _data(config: RunConfig, world: World, console: Console, base: LoadedBase) -> tuple[Windows, Windows | None]:
@@ -301,18 +317,16 @@ def _check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
             raise UserError(f"adapter.{key}: was {before} when {checkpoint.path.name} was written, found {now}: set it as it was")
 
 
-def _resume(checkpoint: Checkpoint, fresh: TrainState, stepper: Stepper) -> TrainState:
-    """The checkpoint's state, with optimizer and loss scale put back."""
-    state, scaler = checkpoint.state, stepper.scaler
+def _resume(checkpoint: Checkpoint, fresh: TrainState, strategy: Strategy) -> TrainState:
+    """The checkpoint's state, with the optimizer put back."""
+    state = checkpoint.state
     for key, option in (("seed", "train.seed"), ("num_samples", "data.*"), ("data_digest", "data.*")):
         then, now = getattr(state, key), getattr(fresh, key)
         if then != now:
             raise UserError(
                 f"{option}: {key} was {then} when {checkpoint.path.name} was written, found {now}: the data order would change"
             )
-    load_optimizer_tensors(stepper.optimizer, stepper.strategy.trainable, checkpoint.optimizer)
-    if scaler is not None and state.loss_scale is not None:
-        scaler.load_state_dict({**scaler.state_dict(), "scale": state.loss_scale, "_growth_tracker": state.loss_scale_good_steps})
+    strategy.load_optimizer_tensors(checkpoint.optimizer)
     return state
 
 

@@ -17,10 +17,7 @@ from torch import Tensor
 from lora_dist.data.loader import MicroBatch
 from lora_dist.log import UserError
 from lora_dist.models.loss import causal_loss_sum
-from lora_dist.parallel import Replicated, World
-
-MIN_LOSS_SCALE = 1.0
-"""below this, fp16 overflow is no longer the scale's fault"""
+from lora_dist.parallel import Strategy, World
 
 
 class NonFiniteError(UserError):
@@ -42,24 +39,10 @@ class StepResult:
 
 
 class Stepper:
-    """Holds what every step needs: strategy, optimizer, clipping and the fp16 scale.
+    """Takes optimizer steps on a strategy."""
 
-    Args:
-        max_grad_norm: clip to this global norm; 0 clips nothing.
-        scaler: for fp16, else None.
-    """
-
-    def __init__(
-        self,
-        strategy: Replicated,
-        optimizer: torch.optim.Optimizer,
-        world: World,
-        *,
-        max_grad_norm: float,
-        scaler: torch.amp.GradScaler | None,
-    ):
-        self.strategy, self.optimizer, self.world = strategy, optimizer, world
-        self.max_grad_norm, self.scaler = max_grad_norm, scaler
+    def __init__(self, strategy: Strategy, world: World):
+        self.strategy, self.world = strategy, world
 
     def run(self, micro_batches: Sequence[MicroBatch], label_tokens: int, *, rate: float, step: int) -> StepResult:
         """Collective. `label_tokens` is this rank's count; `step` is the number of this step, from 1, for messages.
@@ -73,54 +56,44 @@ class Stepper:
         if total_tokens == 0:
             raise NonFiniteError(f"step {step}: found no label token in the whole step, expected text")
         loss_sum = self._backward(micro_batches, total_tokens)
-        self.strategy.reduce_gradients()
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = self.strategy.grad_norm()
-        # One wait for the device a step: both numbers are needed before the optimizer may move.
+        # A wait for the device: the optimizer may move only behind a finite loss.
         loss = self.world.sum([float(loss_sum)])[0] / total_tokens
-        grad_norm = float(norm)
-        applied = self._update(loss, grad_norm, norm, rate, step)
-        return StepResult(loss, grad_norm, int(total_tokens), applied, time.perf_counter() - start)
+        if loss - loss != 0.0:
+            raise NonFiniteError(
+                f"step {step}: found a loss of {loss}, expected a finite one; lower train.learning_rate{self._fp16()}"
+            )
+        update = self.strategy.update(rate)
+        if not update.applied:
+            self._not_applied(step)
+        return StepResult(loss, update.grad_norm, int(total_tokens), update.applied, time.perf_counter() - start)
 
     def _backward(self, micro_batches: Sequence[MicroBatch], total_tokens: float) -> Tensor:
         """Gradients of the step's mean loss; returns this rank's loss sum, on the device."""
         device = self.world.device
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in micro_batches:
+        for i, batch in enumerate(micro_batches):
             torch.manual_seed(batch.dropout_seed)  # dropout is counted, not carried: same position, same masks
             loss = causal_loss_sum(self.strategy.module, batch.input_ids_BL.to(device), batch.labels_BL.to(device))
             loss_sum += loss.detach().double()
-            mean = loss / total_tokens
-            (mean if self.scaler is None else self.scaler.scale(mean)).backward()
+            self.strategy.backward(loss / total_tokens, last=i == len(micro_batches) - 1)
         return loss_sum
 
-    def _update(self, loss: float, grad_norm: float, norm: Tensor, rate: float, step: int) -> bool:
-        finite_norm = grad_norm - grad_norm == 0.0
-        if loss - loss != 0.0:
-            raise NonFiniteError(
-                f"step {step}: found a loss of {loss}, expected a finite one; lower train.learning_rate{self._fp16()}"
-            )
-        if not finite_norm and self.scaler is None:
+    def _not_applied(self, step: int) -> None:
+        """Under fp16 an overflow is normal, down to the floor of the scale; anything else stops the run."""
+        scale = self.strategy.loss_scale
+        if scale is None:
             names = self.strategy.non_finite()
-            raise NonFiniteError(
-                f"step {step}: found a non-finite gradient in {names[0] if names else 'the norm'} ({len(names)} parameters), "
-                "expected finite ones; lower train.learning_rate"
-            )
-        if self.max_grad_norm > 0 and finite_norm:
-            self.strategy.scale_gradients(torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if self.scaler is None:
-            self.optimizer.step()
-            return True
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if not finite_norm and self.scaler.get_scale() < MIN_LOSS_SCALE:
-            raise NonFiniteError(
-                f"step {step}: fp16 still overflows at a loss scale of {self.scaler.get_scale():g}; use train.bf16"
-            )
-        return finite_norm
+            self.world.agree(None if not names else self._non_finite_gradient(step, names[0], len(names)))
+            raise self._non_finite_gradient(step, "the norm", 0)
+        if scale.exhausted:
+            raise NonFiniteError(f"step {step}: fp16 still overflows at a loss scale of {scale.scale:g}; use train.bf16")
+
+    @staticmethod
+    def _non_finite_gradient(step: int, name: str, count: int) -> NonFiniteError:
+        return NonFiniteError(
+            f"step {step}: found a non-finite gradient in {name} ({count} parameters), expected finite ones; "
+            "lower train.learning_rate"
+        )
 
     def _fp16(self) -> str:
-        return ", or use train.bf16" if self.scaler is not None else ""
+        return ", or use train.bf16" if self.strategy.loss_scale is not None else ""

@@ -1,13 +1,16 @@
 """Hugging Face directory -> frozen base, tokenizer and fingerprint.
 
-Whatever is wrong with the directory is found before gigabytes are read where that is possible, and nothing is made up:
-transformers fills tensors that a checkpoint lacks with random numbers and warns; here that is an error. Called by `engine/`.
+Three steps, so that each can run where it is needed: `open_base` reads the small files, `sources.read_facts` every tensor once (one
+process a machine is enough), and `load_whole` makes the model (`streaming.load_empty`: one without weights, to be filled piece by
+piece). `load_base` is all three. Whatever is wrong with the directory is found before gigabytes are read where that is possible,
+and nothing is made up: transformers fills tensors that a checkpoint lacks with random numbers and warns; here that is an error.
+Called by `engine/`.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +65,44 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+@dataclass(frozen=True)
+class BaseSource:
+    """A model directory whose small files have been read, and none of its weights."""
+
+    source_dir: Path
+    config: Any
+    """transformers' configuration"""
+    tokenizer: Any
+    generation: GenerationConfig | None
+    """where it is not the directory's own"""
+    config_from: str
+    tokenizer_from: str
+    trust_remote_code: bool
+
+    @property
+    def context(self) -> int | None:
+        """Tokens the model was made for, where its configuration says so."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+
+def open_base(
+    name_or_path: str,
+    *,
+    config_name: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> BaseSource:
+    """Find a causal language model and read its configuration and tokenizer. Arguments and errors as `load_base`."""
+    source_dir = resolve(name_or_path, _MODEL_KEY, code=trust_remote_code)
+    _require_model(source_dir, name_or_path)
+    config_from = _config_source(source_dir, name_or_path, config_name)
+    tokenizer_from = _tokenizer_source(source_dir, name_or_path, config_name, trust_remote_code)
+    config = _load_config(config_from, attn_implementation, trust_remote_code)
+    tokenizer = _load_tokenizer(tokenizer_from, trust_remote_code)
+    generation = None if config_from.folder == source_dir else generation_config((source_dir, config_from.folder), config)
+    return BaseSource(source_dir, config, tokenizer, generation, config_from.name, tokenizer_from.name, trust_remote_code)
+
+
 def load_base(
     name_or_path: str,
     *,
@@ -86,22 +127,21 @@ def load_base(
     Raises:
         UserError: something is missing, broken, or does not fit together.
     """
-    source_dir = resolve(name_or_path, _MODEL_KEY, code=trust_remote_code)
-    _require_model(source_dir, name_or_path)
-    config_from = _config_source(source_dir, name_or_path, config_name)
-    tokenizer_from = _tokenizer_source(source_dir, name_or_path, config_name, trust_remote_code)
-    config = _load_config(config_from, attn_implementation, trust_remote_code)
-    tokenizer = _load_tokenizer(tokenizer_from, trust_remote_code)
-    facts = read_facts(source_dir, progress=progress)
-    generation = None if config_from.folder == source_dir else _generation_config(source_dir, config_from, config)
-    model = _load_model(source_dir, config, generation, dtype or facts.dtype, device, trust_remote_code)
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"{_CONFIG_KEY}: the tokenizer of {tokenizer_from.name} has {len(tokenizer)} tokens, the model's embedding "
-            f"{rows} rows: give the tokenizer that belongs to the model"
-        )
-    return _frozen(model, tokenizer, source_dir, facts, config_from.name, tokenizer_from.name)
+    source = open_base(
+        name_or_path,
+        config_name=config_name,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return load_whole(source, read_facts(source.source_dir, progress=progress), dtype=dtype, device=device)
+
+
+def load_whole(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedBase:
+    """The model of an opened directory with all its weights. Arguments and errors as `load_base`."""
+    model = _load_model(
+        source.source_dir, source.config, source.generation, dtype or facts.dtype, device, source.trust_remote_code
+    )
+    return frozen(model, source, facts)
 
 
 @dataclass(frozen=True)
@@ -177,9 +217,9 @@ def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
         raise UserError(f"{_MODEL_KEY}: {place.name}: the tokenizer cannot be loaded ({_line(error)})") from error
 
 
-def _generation_config(source_dir: Path, config_from: _Place, config: Any) -> GenerationConfig:
+def generation_config(folders: Sequence[Path], config: Any) -> GenerationConfig:
     """What transformers would look for in a directory that has no config.json, and fail (5.23: a TypeError)."""
-    for folder in (source_dir, config_from.folder):
+    for folder in folders:
         if (folder / "generation_config.json").is_file():
             try:
                 return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
@@ -241,11 +281,29 @@ def _require_fit(source_dir: Path, class_name: str, info: dict[str, Any]) -> Non
         )
 
 
-def _frozen(
-    model: Any, tokenizer: Any, source_dir: Path, facts: SourceFacts, config_from: str, tokenizer_from: str
-) -> LoadedBase:
+def frozen(model: Any, source: BaseSource, facts: SourceFacts) -> LoadedBase:
+    """The model of a directory, made ready: no gradients, eval mode, no key-value cache.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the model's embedding has rows.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    if len(source.tokenizer) > rows:
+        raise UserError(
+            f"{_CONFIG_KEY}: the tokenizer of {source.tokenizer_from} has {len(source.tokenizer)} tokens, the model's embedding "
+            f"{rows} rows: give the tokenizer that belongs to the model"
+        )
     use_cache = bool(getattr(model.config, "use_cache", False))
     model.requires_grad_(False)
     model.eval()
     model.config.use_cache = False
-    return LoadedBase(model, tokenizer, source_dir, facts.fingerprint, config_from, tokenizer_from, facts.dtype, use_cache)
+    return LoadedBase(
+        model,
+        source.tokenizer,
+        source.source_dir,
+        facts.fingerprint,
+        source.config_from,
+        source.tokenizer_from,
+        facts.dtype,
+        use_cache,
+    )

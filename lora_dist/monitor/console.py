@@ -104,6 +104,23 @@ class Console:
         unit = f"{block}x{block} tiles" if kind == "block" else "single elements"
         self.line(f"✅ Sparsity pattern: {unit}, {sparsity:.2%} of {layers} linears pruned, digest {digest[:12]}")
 
+    def placement(
+        self,
+        strategy: str,
+        processes: int,
+        *,
+        base_elements: int,
+        base_elements_total: int,
+        base_bytes: int,
+        trainable_elements: int,
+    ) -> None:
+        """What one process holds under a sharding strategy."""
+        share = base_elements / max(1, base_elements_total)
+        self.line(
+            f"✅ Strategy {strategy} on {processes} process{'es' if processes > 1 else ''}: each holds {share:.1%} of the base "
+            f"({base_bytes / 2**30:.3f} GiB) and the optimizer of {trainable_elements:,} parameters"
+        )
+
     def loading_data(self, name: str, config: str | None) -> None:
         self.line(f"Loading dataset '{name}'{f' ({config})' if config else ''}...")
 

@@ -1,6 +1,21 @@
 """Launch environment, collectives and strategies."""
 
 from lora_dist.parallel.launch import World, close_world, init_world
+from lora_dist.parallel.launcher_env import launch_problems
+from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.replicated import Replicated
+from lora_dist.parallel.strategy import AdamWArgs, Placement, Strategy, StrategyError, Update
 
-__all__ = ["Replicated", "World", "close_world", "init_world"]
+__all__ = [
+    "AdamWArgs",
+    "LossScale",
+    "Placement",
+    "Replicated",
+    "Strategy",
+    "StrategyError",
+    "Update",
+    "World",
+    "close_world",
+    "init_world",
+    "launch_problems",
+]

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from lora_dist.log import UserError
 
@@ -79,6 +80,36 @@ class World:
             raise problem
         return result
 
+    def once_per_machine(self, work: Callable[[], T]) -> list[T]:
+        """Collective: run `work` on one process of each machine; the results (picklable) of all machines, on every rank.
+
+        Raises:
+            UserError: on every rank, if any of them raised one.
+        """
+        result: Any = None
+        problem = None
+        if self.local_rank == 0:
+            try:
+                result = work()
+            except UserError as error:
+                problem = error
+        self.agree(problem)
+        return [r for local_rank, r in self._gather((self.local_rank, result)) if local_rank == 0]
+
+    def agree(self, problem: UserError | None) -> None:
+        """Collective: a problem that any rank has found is raised on every rank; the first rank's, if there are several."""
+        for found in self._gather(problem):
+            if found is not None:
+                raise found
+
+    def _gather(self, value: T) -> list[T]:
+        """Collective: every rank's value (picklable), by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Collective: the body runs on rank 0 first, then on the others; a `UserError` on rank 0 is raised on all."""
@@ -112,28 +143,30 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init_world(*, backend: str = "auto", device: str = "auto", timeout_s: float = 1800.0) -> World:
+def init_world(*, backend: str = "auto", device: str = "auto", timeout_s: float = 1800.0, always: bool = False) -> World:
     """Join the other processes, if a launcher started several.
 
     Args:
         backend: gloo, nccl or auto (nccl on GPUs, else gloo).
         device: cpu, cuda or auto.
         timeout_s: how long a collective waits.
+        always: make a process group for a single process too, which sharded strategies want.
 
     Raises:
         UserError: a device or backend that this machine does not have.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     where = _device(device, local_rank)
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if size > 1:
+    if size > 1 or always:
         backend = ("nccl" if where.type == "cuda" else "gloo") if backend == "auto" else backend
         if backend == "nccl" and where.type != "cuda":
             raise UserError("parallel.backend: found nccl on CPU, expected gloo (or parallel.device cuda)")
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s))
+        store = HashStore() if size == 1 else None  # no address to meet at is needed
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), store=store)
     return World(rank, size, local_rank, local_size, where)
 
 

@@ -12,23 +12,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lora_dist.blocks import Piece
 from lora_dist.parallel.launch import World
+from lora_dist.parallel.loss_scale import LossScale
+from lora_dist.parallel.strategy import AdamWArgs, StrategyError, TorchStrategy, all_reduce_sum
 
 
-class Replicated:
-    """A model whose base every process holds.
+class Replicated(TorchStrategy):
+    """A model whose base every process holds."""
 
-    Attributes:
-        module: what to call for a forward pass.
-        trainable: parameters that get gradients, by name.
-    """
+    name = "ddp"
 
-    def __init__(self, module: nn.Module, world: World):
-        self.module = module
-        self.world = world
-        self.trainable: dict[str, nn.Parameter] = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        adamw: AdamWArgs,
+        max_grad_norm: float = 0.0,
+        loss_scale: LossScale | None = None,
+    ):
+        """Collective: every process starts from rank 0's trainable parameters."""
+        super().__init__(world, max_grad_norm=max_grad_norm, loss_scale=loss_scale)
+        self.model = self.module = model
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {n: p.shape for n, p in self.trainable.items()}
         self._flats = self._flatten()
-        self._equalise()
+        if world.size > 1:
+            for parameter in self.trainable.values():
+                dist.broadcast(parameter.data, src=0)
+        self._make_optimizer(adamw)
 
     def _flatten(self) -> list[Tensor]:
         flats = []
@@ -42,31 +55,36 @@ class Replicated:
             flats.append(flat)
         return flats
 
-    def _equalise(self) -> None:
-        """Collective: every process starts from rank 0's trainable parameters."""
-        if self.world.size > 1:
-            for parameter in self.trainable.values():
-                dist.broadcast(parameter.data, src=0)
-
     def zero_grad(self) -> None:
         for flat in self._flats:
             flat.zero_()
 
-    def reduce_gradients(self) -> None:
-        """Collective: sum the gradients over all processes. Once an optimizer step, after the last micro-batch."""
-        if self.world.size > 1:
-            for flat in self._flats:
-                dist.all_reduce(flat)
+    def _sum_gradients(self) -> None:
+        for flat in self._flats:
+            all_reduce_sum(flat, self.world)
 
-    def grad_norm(self) -> Tensor:
-        """Global 2-norm of the gradients, a float32 scalar on the device; the same on every process after `reduce_gradients`."""
+    def _norm(self) -> Tensor:
         norms = [torch.linalg.vector_norm(flat, dtype=torch.float32) for flat in self._flats]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def scale_gradients(self, factor: Tensor) -> None:
-        for flat in self._flats:
-            flat.mul_(factor)
+    def _gradients(self) -> list[Tensor]:
+        return self._flats
 
-    def non_finite(self) -> list[str]:
-        """Names of trainable parameters whose gradient is not finite. Waits for the device."""
-        return [n for n, p in self.trainable.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    def _local(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _full(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def _cut(self, name: str, full: Tensor) -> Tensor:
+        return full.to(self.trainable[name].device, copy=True)
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        return Piece.whole(parameter)
+
+    def check_in_force(self) -> None:
+        """There is no wrapper to look at: the gradients must be the buffers that are summed."""
+        for name, parameter in self.trainable.items():
+            flat = next(f for f in self._flats if f.dtype == parameter.dtype)
+            if parameter.grad is None or parameter.grad.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
+                raise StrategyError(f"parallel.strategy: asked for ddp, but the gradient of {name} is not in the summed buffer")

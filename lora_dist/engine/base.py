@@ -1,0 +1,148 @@
+"""A base as a run wants it: whole on every process, or in placeholders that a sharded strategy fills; and its pattern.
+
+Collective throughout. The tensors are read and hashed by one process of each machine, whose copies must be the same base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dist.blocks import Guard, NamedLinear, Pattern, Piece
+from lora_dist.engine.pattern import FoundPattern, base_pattern
+from lora_dist.log import UserError
+from lora_dist.models.architecture import decoder_layers, prunable_linears
+from lora_dist.models.loading import BaseSource, LoadedBase, load_whole, open_base
+from lora_dist.models.sources import SourceFacts, read_facts
+from lora_dist.models.streaming import TensorReader, load_empty
+from lora_dist.parallel import World
+
+
+@dataclass(frozen=True)
+class BaseAndPattern:
+    """What `load_for` returns."""
+
+    base: LoadedBase
+    found: FoundPattern
+    reader: TensorReader | None
+    """reads the weights of a base that is in placeholders; None for a whole one"""
+    linears: list[NamedLinear]
+    """the prunable linears, under their names in the base"""
+
+
+def load_for(
+    world: World,
+    name_or_path: str,
+    *,
+    sharded: bool,
+    block: int,
+    config_name: str | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    check: Callable[[BaseSource], None] = lambda source: None,
+) -> BaseAndPattern:
+    """Collective. Load a base and find its pattern.
+
+    Args:
+        sharded: leave placeholders for weights, to be filled piece by piece.
+        block: tile side to look for where no mask is stored.
+        dtype: None keeps what is stored.
+        check: looks at the small files before gigabytes are read; raises UserError.
+
+    Raises:
+        UserError: something is missing, broken, or does not fit together; machines hold different bases.
+    """
+    with world.main_first():
+        source = open_base(
+            name_or_path,
+            config_name=config_name,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        check(source)
+    facts = _same_everywhere(world, name_or_path, source)
+    device = str(world.device)
+    if not sharded:
+        base = load_whole(source, facts, dtype=dtype, device=device)
+        found = base_pattern(base.model, base.source_dir, block=block)
+        return BaseAndPattern(base, found, None, prunable_linears(base.model))
+    base = load_empty(source, facts, dtype=dtype, device=device)
+    reader = TensorReader(base.model, source.source_dir)
+    reader.fill_buffers(base.model)
+
+    def read_OI(linear: NamedLinear) -> Tensor:
+        weight = reader.whole(f"{linear.name}.weight")
+        return weight.T if linear.transposed else weight
+
+    found = world.on_main(lambda: base_pattern(base.model, base.source_dir, block=block, weight_of=read_OI))
+    return BaseAndPattern(base, found, reader, prunable_linears(base.model))
+
+
+def _same_everywhere(world: World, name: str, source: BaseSource) -> SourceFacts:
+    facts = world.once_per_machine(lambda: read_facts(source.source_dir, progress=world.is_main))
+    for machine, other in enumerate(facts):
+        if other.fingerprint != facts[0].fingerprint:
+            raise UserError(
+                f"model.name_or_path: {name} has fingerprint {other.fingerprint[:12]} on machine {machine}, {facts[0].fingerprint[:12]} "
+                "on machine 0: give all machines the same base"
+            )
+    return facts[0]
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the base as it was before PEFT wrapped its linears."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def base_pieces(model: nn.Module, piece: Callable[[nn.Parameter], Piece]) -> dict[str, Piece]:
+    """This process's part of every frozen parameter, by its name in the base."""
+    return {plain_name(name): piece(p) for name, p in model.named_parameters() if not p.requires_grad}
+
+
+def require_finite(world: World, pieces: dict[str, Piece]) -> None:
+    """Collective.
+
+    Raises:
+        UserError: on every process, naming a parameter that holds NaN or infinity.
+    """
+    bad = [name for name, piece in pieces.items() if not bool(torch.isfinite(piece.tensor).all())]
+    world.agree(
+        UserError(
+            f"model.name_or_path: {len(bad)} parameters of the base hold NaN or infinity, first {bad[0]}: prune or save it again"
+        )
+        if bad
+        else None
+    )
+
+
+def make_guard(
+    world: World, pieces: dict[str, Piece], pattern: Pattern | None, linears: Iterable[NamedLinear], *, sample_chunks: int
+) -> Guard:
+    """Collective: a guard on every process's own part; what one finds at load is raised on all.
+
+    Raises:
+        GuardError: naming layer and tile.
+    """
+    transposed = {linear.name for linear in linears if linear.transposed}
+    guard, problem = None, None
+    try:
+        guard = Guard(pieces, pattern, transposed=transposed, sample_chunks=sample_chunks)
+    except UserError as error:
+        problem = error
+    world.agree(problem)
+    assert guard is not None
+    return guard
+
+
+def shard_units(model: Any) -> list[nn.Module]:
+    """What is gathered and freed as one: each decoder layer; embedding and head too, where each has its own weight."""
+    units = list(decoder_layers(model)[1])
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        units += [embedding, head]
+    return units

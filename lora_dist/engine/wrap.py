@@ -1,0 +1,159 @@
+"""From the configuration to a strategy that is in force: which one is meant, what it needs, and the wrapped model.
+
+`plan_strategy` runs before anything is loaded and says what cannot work; `wrap` cuts the model and checks that it is cut.
+Called by `engine/setup.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_dist.config import RunConfig
+from lora_dist.engine.base import BaseAndPattern, plain_name, shard_units
+from lora_dist.log import UserError
+from lora_dist.models.loss import causal_loss_sum
+from lora_dist.parallel import AdamWArgs, LossScale, Replicated, Strategy, World, launch_problems
+from lora_dist.parallel.ds_config import RunFacts, resolve_strategy, zero_config
+
+SHARDED_BASE = ("fsdp2", "zero3")
+
+
+@dataclass(frozen=True)
+class StrategyPlan:
+    """A strategy by name, found possible."""
+
+    name: str
+
+    @property
+    def sharded_base(self) -> bool:
+        return self.name in SHARDED_BASE
+
+    @property
+    def stage(self) -> int | None:
+        """DeepSpeed's, of a zero strategy."""
+        return int(self.name[-1]) if self.name.startswith("zero") else None
+
+
+def plan_strategy(config: RunConfig, world: World) -> StrategyPlan:
+    """Which strategy is meant, or why it cannot be had here.
+
+    Raises:
+        UserError: all problems together, before anything is loaded.
+    """
+    args, train = config.parallel, config.train
+    plan = StrategyPlan(resolve_strategy(args.strategy, args.ds_config))
+    problems: list[str] = []
+    offload: dict[str, str] = {}
+    if plan.stage is not None:
+        if importlib.util.find_spec("deepspeed") is None:
+            problems.append(
+                f"parallel.strategy: found {plan.name}, but deepspeed is not installed: pip install 'lora-dist[deepspeed]'"
+            )
+        try:
+            engine_config, _ = ds_config(config, world, plan, hidden_size=1)
+            zero = engine_config["zero_optimization"]
+            offload = {key: zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+        except UserError as error:
+            problems += error.problems
+    problems += launch_problems(
+        strategy=plan.name,
+        ds_stage=plan.stage,
+        bf16=train.bf16,
+        fp16=train.fp16,
+        accumulation=train.gradient_accumulation_steps,
+        ds_config=args.ds_config or "",
+        max_grad_norm=train.max_grad_norm,
+        gradient_checkpointing=train.gradient_checkpointing,
+        hybrid_shard=args.hybrid_shard,
+        device=args.device,
+        **offload,
+    )
+    if problems:
+        raise UserError(problems)
+    return plan
+
+
+def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_size: int) -> tuple[dict[str, Any], list[str]]:
+    """DeepSpeed's complete configuration for this run, and notes. Raises UserError where it contradicts the run's."""
+    args, train = config.parallel, config.train
+    assert plan.stage is not None
+    facts = RunFacts(
+        micro_batch=train.per_device_train_batch_size,
+        accumulation=train.gradient_accumulation_steps,
+        world_size=world.size,
+        max_grad_norm=train.max_grad_norm,
+        bf16=train.bf16,
+        fp16=train.fp16,
+        learning_rate=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        warmup_steps=train.warmup_steps,
+        max_steps=train.max_steps,
+        hidden_size=hidden_size,
+    )
+    return zero_config(
+        plan.stage,
+        args.ds_config,
+        facts,
+        offload_optimizer=args.offload_optimizer,
+        offload_param=args.offload_param,
+        nvme_path=args.nvme_path,
+    )
+
+
+def wrap(
+    config: RunConfig, world: World, plan: StrategyPlan, model: Any, opened: BaseAndPattern, loss_scale: LossScale | None
+) -> tuple[Strategy, list[str]]:
+    """Collective. The PEFT model under its strategy, checked to be in force, and notes for the console.
+
+    Raises:
+        UserError: the strategy is not in force, or cannot be.
+    """
+    train, reader = config.train, opened.reader
+    adamw = AdamWArgs((train.adam_beta1, train.adam_beta2), train.adam_epsilon, train.weight_decay)
+    common: dict[str, Any] = {"adamw": adamw, "max_grad_norm": train.max_grad_norm, "loss_scale": loss_scale}
+    strategy: Strategy
+    notes: list[str] = []
+    if plan.name == "ddp":
+        strategy = Replicated(model, world, **common)
+    elif plan.name == "fsdp2":
+        from lora_dist.parallel.fully_sharded import FullySharded
+
+        strategy = FullySharded(
+            model,
+            opened.base.model,
+            shard_units(opened.base.model),
+            world,
+            read_rows=None if reader is None else reader.rows,
+            hybrid=config.parallel.hybrid_shard,
+            **common,
+        )
+    else:
+        from lora_dist.parallel.zero import Zero
+
+        assert plan.stage is not None
+        engine_config, notes = ds_config(config, world, plan, hidden_size=getattr(opened.base.model.config, "hidden_size", 1024))
+        strategy = Zero(
+            model,
+            world,
+            stage=plan.stage,
+            config=engine_config,
+            read_whole=None if reader is None else reader.whole,
+            base_name=plain_name,
+            prime=lambda module: _smallest_loss(module, world.device),
+            **common,
+        )
+    strategy.check_in_force()
+    return strategy, notes
+
+
+def _smallest_loss(module: nn.Module, device: torch.device) -> Tensor:
+    """A forward pass that costs next to nothing."""
+    ids_BL = torch.zeros((1, 2), dtype=torch.long, device=device)
+    return causal_loss_sum(module, ids_BL, ids_BL)

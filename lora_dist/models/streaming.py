@@ -1,0 +1,158 @@
+"""A base without weights, and its weights piece by piece: so that no process ever holds a whole base that is to be sharded.
+
+`load_empty` builds the model on the meta device and gives every parameter a placeholder of its true shape that takes no memory
+(one zero, expanded). The strategy then cuts each placeholder, and `TensorReader` reads just the rows that are this process's.
+Called by `engine/open_base.py` for strategies that shard the base.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lora_dist.log import UserError, logger
+from lora_dist.models.loading import BaseSource, LoadedBase, frozen, generation_config, quiet_transformers
+from lora_dist.models.sources import SourceFacts, some, weight_files
+
+
+def load_empty(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedBase:
+    """The model of an opened directory with placeholders for weights.
+
+    Args:
+        dtype: precision to hold it in; None keeps the one it is stored in.
+        device: where it is going to be.
+
+    Raises:
+        UserError: a class that cannot be built without weights.
+    """
+    with quiet_transformers(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            source.config, dtype=dtype or facts.dtype, trust_remote_code=source.trust_remote_code
+        )
+    model.tie_weights()
+    model.generation_config = source.generation or generation_config((source.source_dir,), source.config)
+    _compute_buffers(model, torch.device(device))
+    _place(model, torch.device(device))
+    return frozen(model, source, facts)
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no file holds (rotary frequencies) are computed, by transformers' own initialisation.
+
+    Parameters are still on the meta device here, so initialising them too costs and changes nothing.
+    """
+    for name, module in model.named_modules():
+        made = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if not made:
+            continue
+        for key, buffer in made.items():
+            fill = torch.nan if buffer.is_floating_point() else 0
+            module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device)
+        model._init_weights(module)
+        for key in made:
+            if not bool(torch.isfinite(module._buffers[key]).all()):
+                raise UserError(
+                    f"model.name_or_path: {type(model).__name__} does not say how to compute its buffer {name}.{key}, which a sharded "
+                    "base needs; set parallel.strategy ddp, zero1 or zero2, which load the whole model"
+                )
+
+
+def _place(model: nn.Module, device: torch.device) -> None:
+    """Replace meta parameters by placeholders; what was tied stays tied."""
+    placed: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            if parameter not in placed:
+                zero = torch.zeros((), dtype=parameter.dtype, device=device)
+                placed[parameter] = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+            module._parameters[key] = placed[parameter]
+
+
+class TensorReader:
+    """Reads a model's tensors from the safetensors files of its directory, whole or a range of rows, one at a time.
+
+    Args:
+        model: from `load_empty`, before an adapter is put on it: names and shapes are the base's own.
+
+    Raises:
+        UserError: files in another format, or a tensor that is missing or has another shape.
+    """
+
+    def __init__(self, model: nn.Module, source_dir: Path):
+        self._handles: dict[Path, Any] = {}
+        where: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        for file in weight_files(source_dir):
+            if file.suffix != ".safetensors":
+                raise UserError(
+                    f"model.name_or_path: {source_dir} holds {file.name}, expected safetensors, which a sharded base is read from "
+                    "piece by piece; set parallel.strategy ddp, or save the model with transformers' save_pretrained"
+                )
+            handle = self._open(file)
+            for key in handle.keys():  # noqa: SIM118 -- not a dict
+                where[key] = (file, tuple(handle.get_slice(key).get_shape()))
+        self._keys = self._match(model, source_dir, where)
+        self._where = where
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(str(file), "pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: cannot be read as safetensors ({error}); download or save it again") from error
+        return self._handles[file]
+
+    @staticmethod
+    def _match(model: Any, source_dir: Path, where: dict[str, tuple[Path, tuple[int, ...]]]) -> dict[str, str]:
+        """Name in the model -> name in the files: the same, or with or without the model's prefix (as older GPT-2 files)."""
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        keys, missing, wrong = {}, [], []
+        for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]:
+            found = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in where), None)
+            if found is None:
+                missing.append(name)
+            elif where[found][1] != tuple(tensor.shape):
+                wrong.append(f"{name} is {where[found][1]}, by config.json {tuple(tensor.shape)}")
+            else:
+                keys[name] = found
+        if missing:
+            raise UserError(
+                f"model.name_or_path: {source_dir}: {len(missing)} tensors that {type(model).__name__} needs are not in the files under "
+                f"its names: {some(missing)}; check config.json, or set parallel.strategy ddp, which loads through transformers"
+            )
+        if wrong:
+            raise UserError(
+                f"model.name_or_path: {source_dir}: {len(wrong)} tensors do not fit the configuration: {some(wrong)}; check that "
+                "config.json belongs to these weights"
+            )
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(keys)
+        unused = sorted(set(where) - set(keys.values()) - tied)
+        if unused:
+            logger.warning("%s: %d tensors in the files are not used by the model: %s", source_dir, len(unused), some(unused))
+        return keys
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a parameter's first dimension, on CPU, in the precision it is stored in."""
+        key = self._keys[name]
+        return self._open(self._where[key][0]).get_slice(key)[start:stop]
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter, on CPU, in the precision it is stored in."""
+        key = self._keys[name]
+        return self._open(self._where[key][0]).get_tensor(key)
+
+    def fill_buffers(self, model: nn.Module) -> None:
+        """Buffers that the files hold; there are few, and every process needs them whole."""
+        for name, buffer in _stored_buffers(model):
+            buffer.copy_(self.whole(name))
+
+
+def _stored_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    stored = set(model.state_dict())
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]

@@ -1,0 +1,270 @@
+"""What a strategy is: how one model is spread over processes. The engine talks to this class only.
+
+`Strategy` wraps the model, runs the backward pass, sums gradients, clips and updates, and hands out what is trained as full named
+tensors, whatever way it is cut. `TorchStrategy` is the part that `ddp` and `fsdp2` share: torch's AdamW over gradients that this
+process holds (or its shards of them). Methods marked "collective" must be called by all processes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lora_dist.blocks import Piece
+from lora_dist.log import UserError
+from lora_dist.parallel.launch import World
+from lora_dist.parallel.loss_scale import LossScale
+
+
+class StrategyError(UserError):
+    """A strategy that was asked for is not in force."""
+
+
+@dataclass(frozen=True)
+class AdamWArgs:
+    """torch's AdamW; the rate is given with every step."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of an optimizer step; equal on all processes."""
+
+    applied: bool
+    """False where the gradients were not finite, and nothing moved"""
+    grad_norm: float
+    """global 2-norm before clipping"""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What this process holds, counted on the wrapped model itself."""
+
+    base_elements: int
+    base_bytes: int
+    base_elements_total: int
+    trainable_elements: int
+    """whose optimizer state this process holds"""
+    trainable_elements_total: int
+
+
+class Strategy(ABC):
+    """A model spread over processes.
+
+    Attributes:
+        name: as in `parallel.strategy`.
+        model: the PEFT model.
+        module: what to call for a forward pass.
+        trainable: parameters that get gradients, by name in `model`.
+        shapes: full shapes of the trainable parameters, by name.
+        sharded_base: whether a process holds only part of the base; then every forward pass is a collective.
+        loss_scale: for fp16, else None.
+    """
+
+    name: str
+    model: nn.Module
+    module: nn.Module
+    trainable: dict[str, nn.Parameter]
+    shapes: dict[str, torch.Size]
+    sharded_base: bool = False
+
+    def __init__(self, world: World, *, max_grad_norm: float, loss_scale: LossScale | None):
+        self.world = world
+        self.max_grad_norm = max_grad_norm
+        self.loss_scale = loss_scale
+
+    @abstractmethod
+    def zero_grad(self) -> None: ...
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Collective. Add the gradients of `loss`, which is this process's share of the step's mean loss.
+
+        Args:
+            last: whether this is the step's last micro-batch; gradients are summed over processes then.
+        """
+
+    @abstractmethod
+    def update(self, rate: float) -> Update:
+        """Collective. Clip, and take the optimizer step unless the gradients are not finite."""
+
+    @abstractmethod
+    def non_finite(self) -> list[str]:
+        """Trainable parameters whose gradient on this process was not finite in the last step. Waits for the device."""
+
+    @abstractmethod
+    def trainable_tensors(self) -> dict[str, Tensor]:
+        """Collective: full float32 trainable tensors by name, on CPU; on rank 0, empty elsewhere."""
+
+    @abstractmethod
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
+        """Collective: put full tensors back, into all copies there are. Every process gives the same."""
+
+    @abstractmethod
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Collective: `{parameter name}.{state key}` -> full tensor on CPU; on rank 0, empty elsewhere. Empty before a first step."""
+
+    @abstractmethod
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Collective: inverse of `optimizer_tensors`; every process gives the same. See `check_optimizer_tensors`."""
+
+    @abstractmethod
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        """This process's part of a parameter."""
+
+    @abstractmethod
+    def check_in_force(self) -> None:
+        """Raises StrategyError where the wrapped model is not what was asked for."""
+
+    @abstractmethod
+    def trainable_elements(self) -> int:
+        """Elements whose optimizer state this process holds."""
+
+    def placement(self) -> Placement:
+        """Counted on the wrapped model."""
+        pieces = [self.piece(p) for p in self.model.parameters() if not p.requires_grad]
+        return Placement(
+            sum(piece.tensor.numel() for piece in pieces),
+            sum(piece.tensor.numel() * piece.tensor.element_size() for piece in pieces),
+            sum(torch.Size(piece.shape).numel() for piece in pieces),
+            self.trainable_elements(),
+            sum(shape.numel() for shape in self.shapes.values()),
+        )
+
+
+def check_optimizer_tensors(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Saved optimizer state by parameter: `{name: {state key: full tensor}}`.
+
+    Raises:
+        UserError: a tensor that belongs to no trainable parameter or has another shape, or a parameter without state.
+    """
+    state: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, key = full_name.rsplit(".", 1)
+        if name not in shapes:
+            raise UserError(
+                f"checkpoint: optimizer state of {name} belongs to no trainable parameter of this run; check adapter.*"
+            )
+        if key != "step" and tensor.shape != shapes[name]:
+            raise UserError(
+                f"checkpoint: optimizer state of {name} has shape {tuple(tensor.shape)}, expected {tuple(shapes[name])}"
+            )
+        state.setdefault(name, {})[key] = tensor
+    missing = [name for name in shapes if name not in state]
+    if missing and tensors:
+        raise UserError(f"checkpoint: no optimizer state for {missing[0]} ({len(missing)} such); check adapter.target_modules")
+    return state
+
+
+class TorchStrategy(Strategy):
+    """What `ddp` and `fsdp2` share: gradients in `p.grad`, torch's fused AdamW on the parameters as they are cut."""
+
+    optimizer: torch.optim.Optimizer
+
+    def _make_optimizer(self, args: AdamWArgs) -> None:
+        self.optimizer = torch.optim.AdamW(
+            self.trainable.values(), lr=0.0, betas=args.betas, eps=args.eps, weight_decay=args.weight_decay, fused=True
+        )
+
+    @abstractmethod
+    def _local(self, tensor: Tensor) -> Tensor:
+        """This process's elements, as a view."""
+
+    @abstractmethod
+    def _full(self, tensor: Tensor) -> Tensor:
+        """Collective: the whole tensor."""
+
+    @abstractmethod
+    def _cut(self, name: str, full: Tensor) -> Tensor:
+        """This process's part of a full tensor, in the form of parameter `name`, on its device."""
+
+    @abstractmethod
+    def _sum_gradients(self) -> None:
+        """Collective: what is left of summing gradients after the backward passes."""
+
+    @abstractmethod
+    def _norm(self) -> Tensor:
+        """Collective: global 2-norm of the gradients, a float32 scalar on the device, the same on every process."""
+
+    def _gradients(self) -> list[Tensor]:
+        return [self._local(p.grad) for p in self.trainable.values() if p.grad is not None]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+
+    def update(self, rate: float) -> Update:
+        self._sum_gradients()
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.scale
+        norm = float(self._norm()) / scale  # a wait for the device: the number is needed before the optimizer may move
+        finite = norm - norm == 0.0
+        if finite:
+            factor = 1.0 / scale
+            if self.max_grad_norm > 0:
+                factor *= min(1.0, self.max_grad_norm / (norm + 1e-6))
+            if factor != 1.0:
+                torch._foreach_mul_(self._gradients(), factor)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=not finite)
+        return Update(finite, norm)
+
+    def non_finite(self) -> list[str]:
+        return [
+            name
+            for name, p in self.trainable.items()
+            if p.grad is not None and not bool(torch.isfinite(self._local(p.grad)).all())
+        ]
+
+    def trainable_tensors(self) -> dict[str, Tensor]:
+        return self._gathered({name: p.detach() for name, p in self.trainable.items()})
+
+    def _gathered(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        full = {}
+        for name, tensor in tensors.items():
+            whole = self._full(tensor)  # one at a time: the others wait in it, and keep nothing
+            if self.world.is_main:
+                full[name] = whole.to("cpu", copy=True).contiguous()
+        return full
+
+    @torch.no_grad()
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            self._local(parameter).copy_(self._local(self._cut(name, tensors[name])))
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return self._gathered(
+            {
+                f"{name}.{key}": value.detach()
+                for name, parameter in self.trainable.items()
+                for key, value in self.optimizer.state.get(parameter, {}).items()
+            }
+        )
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, entries in check_optimizer_tensors(self.shapes, tensors).items():
+            parameter = self.trainable[name]
+            self.optimizer.state[parameter] = {
+                # fused AdamW keeps `step` on the device too
+                key: tensor.to(parameter.device, copy=True) if key == "step" else self._cut(name, tensor)
+                for key, tensor in entries.items()
+            }
+
+    def trainable_elements(self) -> int:
+        return sum(self._local(p.detach()).numel() for p in self.trainable.values())
+
+
+def all_reduce_sum(tensor: Tensor, world: World, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Collective, in place: the sum over processes."""
+    if world.size > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor

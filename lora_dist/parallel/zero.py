@@ -1,0 +1,247 @@
+"""Strategies `zero1`, `zero2`, `zero3`: DeepSpeed's engine, its optimizer state, gradients and base sharded, or offloaded.
+
+The engine runs in float32 mode with torch's AdamW: the frozen base keeps the half precision it was loaded in, adapter and gradients
+are float32, and the loss scale of fp16 is handed to the engine step by step, so precision, clipping and skipped steps mean what they
+mean under the other strategies. The engine averages gradients over processes; the loss is multiplied by their number.
+
+Traps that shape this file (deepspeed 0.19): `safe_set_full_fp32_param` leaves working copies stale until the next step; optimizer
+state does not exist before a first step; the `step` counter inside torch's AdamW is nobody's but the caller's.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lora_dist.blocks import Piece
+from lora_dist.parallel.launch import World
+from lora_dist.parallel.loss_scale import LossScale
+from lora_dist.parallel.strategy import AdamWArgs, Strategy, StrategyError, Update, check_optimizer_tensors
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def import_deepspeed(world: World) -> Any:
+    """DeepSpeed, told which device it works on before it looks for one itself, and joined to torch's process group."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    for name, value in (("LOCAL_RANK", world.local_rank), ("RANK", world.rank), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))  # read by zero.Init, also where no launcher set them
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("WARNING")
+    # Its collectives have names that torch 2.13 gave others; users can do nothing about it.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+    # Its shared-memory collectives for CPUs would be compiled at the first start, for minutes, where there is a compiler at all.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
+    return deepspeed
+
+
+class Zero(Strategy):
+    """A model driven by DeepSpeed's engine.
+
+    Args:
+        model: the PEFT model; for stage 3 its base may be in placeholders (`models/streaming.py`).
+        config: complete, from `ds_config.zero_config`.
+        read_whole: reads a base parameter, given its name in the base; None where the base is whole already. Stage 3 only.
+        base_name: name of a parameter in `model` -> in the base.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        *,
+        stage: int,
+        config: dict[str, Any],
+        read_whole: Callable[[str], Tensor] | None,
+        base_name: Callable[[str], str],
+        adamw: AdamWArgs,
+        max_grad_norm: float = 0.0,
+        loss_scale: LossScale | None = None,
+        prime: Callable[[nn.Module], Tensor],
+    ):
+        """Collective."""
+        super().__init__(world, max_grad_norm=max_grad_norm, loss_scale=loss_scale)
+        self.stage, self.name, self.sharded_base = stage, f"zero{stage}", stage == 3
+        self._prime = prime
+        self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+        deepspeed = import_deepspeed(world)
+        if stage == 3:
+            self._partition(deepspeed, model, config, read_whole, base_name)
+        trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            trainable.values(), lr=0.0, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, fused=True
+        )
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        self.model, self.module = model, self.engine  # its forward pass tells the parameters that they may be gathered
+        self.trainable = trainable
+        self._bad: dict[str, Tensor] = {}
+        for name, parameter in trainable.items():
+            parameter.register_hook(self._note_non_finite(name))
+
+    def _partition(
+        self,
+        deepspeed: Any,
+        model: nn.Module,
+        config: dict[str, Any],
+        read_whole: Callable[[str], Tensor] | None,
+        base_name: Callable[[str], str],
+    ) -> None:
+        """Cut the parameters module by module, so that only one of them is ever whole. Rank 0 reads, the others get it by broadcast."""
+        for prefix, part in model.named_modules():
+            own = dict(part.named_parameters(recurse=False))
+            if not own:
+                continue
+            for key, parameter in own.items():
+                if read_whole is None or parameter.requires_grad or hasattr(parameter, "ds_id"):
+                    continue
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                if self.world.is_main:
+                    whole.copy_(read_whole(base_name(f"{prefix}.{key}")))
+                parameter.data = whole
+            with torch.no_grad():
+                deepspeed.zero.Init(module=part, config_dict_or_path=config)
+
+    def _note_non_finite(self, name: str) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            bad = ~torch.isfinite(gradient).all()
+            self._bad[name] = self._bad[name] | bad if name in self._bad else bad
+
+        return hook
+
+    def zero_grad(self) -> None:
+        """The engine does it after every step."""
+        self._bad.clear()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        if self.loss_scale is not None:
+            self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def update(self, rate: float) -> Update:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        overflow = bool(self.engine.optimizer.overflow)
+        if self.loss_scale is not None:
+            self.loss_scale.update(overflow=overflow)
+        norm = self.engine.get_global_grad_norm()
+        return Update(not overflow, float("inf") if overflow else float(norm))
+
+    def non_finite(self) -> list[str]:
+        return [name for name, bad in self._bad.items() if bool(bad)]
+
+    def trainable_tensors(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return self._gathered(safe_get_full_fp32_param)
+
+    def _gathered(self, get: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        full = {}
+        for name, parameter in self.trainable.items():
+            whole = get(parameter)
+            if self.world.is_main:
+                full[name] = whole.detach().view(self.shapes[name]).to("cpu", copy=True).contiguous()
+        return full
+
+    @torch.no_grad()
+    def load_trainable(self, tensors: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        deepspeed = import_deepspeed(self.world)
+        for name, parameter in self.trainable.items():
+            full = tensors[name].to(self.world.device)
+            safe_set_full_fp32_param(parameter, full)
+            if self.stage == 3:  # the working copies; modified on rank 0, cut anew from there
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self.world.is_main:
+                        parameter.copy_(full)
+            else:
+                parameter.copy_(full)
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        steps = self._step_counters()
+        if not steps:
+            return {}
+        found: dict[str, Tensor] = {}
+        for key in MOMENTS:
+            part = self._gathered(partial(safe_get_full_optimizer_state, optim_state_key=key))
+            found |= {f"{name}.{key}": tensor for name, tensor in part.items()}
+        if self.world.is_main:
+            found |= {f"{name}.step": steps[0].detach().to("cpu", torch.float32, copy=True) for name in self.trainable}
+        return found
+
+    def _step_counters(self) -> list[Tensor]:
+        return [state["step"] for state in self.engine.optimizer.optimizer.state.values() if "step" in state]
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        state = check_optimizer_tensors(self.shapes, tensors)
+        if not state:
+            return
+        self._take_empty_step()
+        for name, parameter in self.trainable.items():
+            for key in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[name][key].to(self.world.device), key)
+        step = float(next(iter(state.values()))["step"])
+        for counter in self._step_counters():
+            counter.fill_(step)
+
+    def _take_empty_step(self) -> None:
+        """Make the optimizer's state: a step of rate 0 and gradient 0, which moves nothing."""
+        self.zero_grad()
+        self.backward(self._prime(self.module) * 0.0, last=True)
+        scale, self.loss_scale = self.loss_scale, None
+        self.update(0.0)
+        self.loss_scale = scale
+        self.zero_grad()
+
+    def piece(self, parameter: nn.Parameter) -> Piece:
+        if self.stage != 3:
+            return Piece.whole(parameter)
+        part: Any = parameter
+        start = part.ds_tensor.ds_numel * self.world.rank
+        inside = max(0, min(part.ds_tensor.ds_numel, part.ds_numel - start))  # the last pieces may end in padding
+        return Piece(part.ds_tensor.detach().view(-1)[:inside], tuple(part.ds_shape), start)
+
+    def trainable_elements(self) -> int:
+        optimizer = self.engine.optimizer
+        flats = optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+        return sum(flat.numel() for flat in flats)
+
+    def check_in_force(self) -> None:
+        from deepspeed import DeepSpeedEngine
+        from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        wanted = DeepSpeedZeroOptimizer_Stage3 if self.stage == 3 else DeepSpeedZeroOptimizer
+        if not isinstance(self.engine, DeepSpeedEngine) or not isinstance(self.engine.optimizer, wanted):
+            raise StrategyError(
+                f"parallel.strategy: asked for {self.name}, but the optimizer is {type(self.engine.optimizer).__name__}"
+            )
+        if self.engine.zero_optimization_stage() != self.stage:
+            raise StrategyError(
+                f"parallel.strategy: asked for {self.name}, but the engine's stage is {self.engine.zero_optimization_stage()}"
+            )
+        if self.engine.dp_world_size != self.world.size:
+            raise StrategyError(
+                f"parallel.strategy: asked for {self.world.size} processes, but the engine sees {self.engine.dp_world_size}"
+            )
+        if self.stage == 3:
+            whole = [n for n, p in self.model.named_parameters() if not hasattr(p, "ds_tensor")]
+            if whole:
+                raise StrategyError(f"parallel.strategy: asked for zero3, but {whole[0]} is not cut ({len(whole)} such)")
