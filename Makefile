@@ -30,7 +30,7 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^Installing collected/ { print "  unpacking" } \
 	/^ERROR|^error/ { print } { fflush() }'
 
-.PHONY: help venv demo test lint format bench measure-stories measure-wikitext hooks clean
+.PHONY: help venv demo test matrix lint format bench measure-stories measure-wikitext hooks clean
 .PHONY: train train-torchrun train-deepspeed train-fsdp train-accelerate resume eval merge
 
 help:  ## show this list
@@ -106,6 +106,9 @@ merge: need-BASE need-ADAPTER need-OUT $(STAMP)  ## add an adapter to its base (
 # One thread a process: two test processes on two cores; torch's own threads would only wait for each other.
 test: $(STAMP)  ## run all tests (ARGS='-m "not slow"' for the quick ones)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
+
+matrix: $(STAMP)  ## checkpoints of every strategy resumed under every other, on 2, 1 and 2 processes (about 15 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --matrix -m matrix tests/distributed/test_strategies.py $(ARGS)
 
 lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff check .

@@ -90,6 +90,8 @@ class MergeArgs:
     """Where to take config and tokenizer from if the base has none of its own."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Under torchrun: ddp holds the whole model on every process, fsdp2 a part of it."""
     trust_remote_code: bool = False
     """Run model code that comes with the base."""
 
@@ -143,6 +145,8 @@ class EvalArgs:
     """Perplexities up to which a model is called ideal, good and fair; the defaults are for Llama-2-7B on WikiText-2."""
     output: str | None = None
     """JSON file to write the figures to."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Under torchrun: ddp holds the whole model on every process, fsdp2 a part of it."""
     trust_remote_code: bool = False
     """Run model code that comes with the model."""
 
@@ -205,6 +209,8 @@ class GenerateArgs:
     """Precision to compute in; auto: as stored."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Under torchrun: ddp holds the whole model on every process, fsdp2 a part of it."""
     trust_remote_code: bool = False
     """Run model code that comes with the model."""
 

@@ -238,16 +238,24 @@ def is_masked(model: PeftModel) -> bool:
     return isinstance(model.peft_config["default"], BlockLoraConfig)
 
 
-def update_outside_mask(model: PeftModel, pattern: Pattern) -> float:
-    """Share of a plain adapter's squared update that falls on pruned weights, 0 to 1: what `--project` would throw away."""
+def update_outside_mask(updates: Iterable[tuple[str, Tensor]], pattern: Pattern) -> float:
+    """Share of a plain adapter's squared update that falls on pruned weights, 0 to 1: what `--project` would throw away.
+
+    Args:
+        updates: (name in the base, delta_OI) of every adapted linear.
+    """
     lost = total = 0.0
-    for name, module in lora_layers(model):
-        delta = module.get_delta_weight("default").detach().float()
-        delta_OI = delta.T if getattr(module, "fan_in_fan_out", False) else delta
+    for name, delta_OI in updates:
         total += float(delta_OI.square().sum())
         if name in pattern:
-            lost += float(delta_OI[~pattern[name].expand(delta.device)].square().sum())
+            lost += float(delta_OI[~pattern[name].expand(delta_OI.device)].square().sum())
     return lost / total if total else 0.0
+
+
+def layer_update(layer: Any) -> Tensor:
+    """delta_OI of one adapted linear, float32."""
+    delta = layer.get_delta_weight("default").detach().float()
+    return delta.T if getattr(layer, "fan_in_fan_out", False) else delta
 
 
 def lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:

@@ -82,6 +82,7 @@ class Guard:
         pattern: masks by module name, or None for a base that is guarded as a whole only.
         transposed: names of pattern entries whose weight is stored as (I, O) (GPT-2's Conv1D).
         sample_chunks: chunks compared at each check.
+        when: words for the message of the check that is made at once.
 
     The parameter of pattern entry `m` is `m.weight`, or under peft `m.base_layer.weight`.
 
@@ -97,6 +98,7 @@ class Guard:
         *,
         transposed: Collection[str] = (),
         sample_chunks: int = 8,
+        when: str = "at load",
     ) -> None:
         self.pattern = pattern
         self._base = {name: held if isinstance(held, Piece) else Piece.whole(held) for name, held in base.items()}
@@ -113,7 +115,7 @@ class Guard:
             for name, mask in (pattern or {}).items()
             if not mask.keeps_all
         ]
-        self.check_pattern("at load")
+        self.check_pattern(when)
         self._digests = self._digest(range(len(self._chunks)))
 
     def _parameter(self, name: str, mask: Mask, transposed: bool) -> Piece:

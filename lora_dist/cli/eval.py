@@ -29,7 +29,7 @@ def run(args: EvalArgs) -> int:
             Path(args.output).open("a").close()  # found out before the evaluation, not after it
         except OSError as error:
             raise UserError(f"output: {args.output} cannot be written ({error.strerror})") from error
-    world = init_world(device=args.device)
+    world = init_world(device=args.device, always=args.strategy != "ddp")
     console = Console(enabled=world.is_main)
     bars = []
 
@@ -62,7 +62,7 @@ def run(args: EvalArgs) -> int:
                 "runtime_s": result.runtime_s,
                 **{
                     key: getattr(args, key)
-                    for key in ("model", "adapter", "dataset_name", "dataset_config_name", "special_tokens")
+                    for key in ("model", "adapter", "strategy", "dataset_name", "dataset_config_name", "special_tokens")
                 },
             }
             Path(args.output).write_text(json.dumps(figures, indent=1) + "\n")

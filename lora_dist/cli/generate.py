@@ -14,27 +14,33 @@ def main(argv: Sequence[str]) -> int:
 
     from lora_dist.engine.open_model import open_model
     from lora_dist.generation import generate
-    from lora_dist.parallel import init_world
+    from lora_dist.parallel import close_world, init_world
 
-    with names(model_name_or_path="MODEL", model_config_name="config_name"):
-        opened = open_model(
-            args.model,
-            args.adapter,
-            config_name=args.config_name,
-            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-            device=str(init_world(device=args.device).device),
-            trust_remote_code=args.trust_remote_code,
+    world = init_world(device=args.device, always=args.strategy != "ddp")
+    try:
+        with names(model_name_or_path="MODEL", model_config_name="config_name"):
+            opened = open_model(
+                args.model,
+                args.adapter,
+                world=world,
+                strategy=args.strategy,
+                config_name=args.config_name,
+                dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+                trust_remote_code=args.trust_remote_code,
+            )
+        texts = generate(  # all processes go through the same steps: same prompt, same seed
+            opened.model,
+            opened.base.tokenizer,
+            [args.prompt],
+            max_new_tokens=args.max_new_tokens,
+            do_sample=args.do_sample,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            seed=args.seed,
         )
-    texts = generate(
-        opened.model,
-        opened.base.tokenizer,
-        [args.prompt],
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.do_sample,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.seed,
-    )
-    print(args.prompt + texts[0])
-    return 0
+        if world.is_main:
+            print(args.prompt + texts[0])
+        return 0
+    finally:
+        close_world()

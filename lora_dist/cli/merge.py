@@ -12,9 +12,16 @@ def main(argv: Sequence[str]) -> int:
     verb = Verb("lora-dist merge", MergeArgs.__doc__ or "", positionals=("base", "adapter", "out"))
     args = parse(MergeArgs, argv, verb)
     from lora_dist.engine.merge import merge
+    from lora_dist.parallel import close_world, init_world
 
-    with names(model_name_or_path="BASE", model_config_name="config_name"):
-        report = merge(args)
+    world = init_world(device=args.device, always=args.strategy != "ddp")
+    try:
+        with names(model_name_or_path="BASE", model_config_name="config_name"):
+            report = merge(args, world)
+    finally:
+        close_world()
+    if not world.is_main:
+        return 0
     if report.pattern_digest:
         print(
             f"✅ Pattern kept: all {report.zero_tiles:,} pruned tiles are exactly 0.0 in {report.out} (digest {report.pattern_digest[:12]})"

@@ -19,7 +19,7 @@ from lora_dist.models.architecture import decoder_layers, prunable_linears
 from lora_dist.models.loading import BaseSource, LoadedBase, load_whole, open_base
 from lora_dist.models.sources import SourceFacts, read_facts
 from lora_dist.models.streaming import TensorReader, load_empty
-from lora_dist.parallel import World
+from lora_dist.parallel import World, plain_name
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,6 @@ def _same_everywhere(world: World, name: str, source: BaseSource) -> SourceFacts
     return facts[0]
 
 
-def plain_name(name: str) -> str:
-    """A parameter's name in the base as it was before PEFT wrapped its linears."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
 def base_pieces(model: nn.Module, piece: Callable[[nn.Parameter], Piece]) -> dict[str, Piece]:
     """This process's part of every frozen parameter, by its name in the base."""
     return {plain_name(name): piece(p) for name, p in model.named_parameters() if not p.requires_grad}
@@ -121,9 +116,15 @@ def require_finite(world: World, pieces: dict[str, Piece]) -> None:
 
 
 def make_guard(
-    world: World, pieces: dict[str, Piece], pattern: Pattern | None, linears: Iterable[NamedLinear], *, sample_chunks: int
+    world: World,
+    pieces: dict[str, Piece],
+    pattern: Pattern | None,
+    linears: Iterable[NamedLinear],
+    *,
+    sample_chunks: int,
+    when: str = "at load",
 ) -> Guard:
-    """Collective: a guard on every process's own part; what one finds at load is raised on all.
+    """Collective: a guard on every process's own part; what one finds now is raised on all.
 
     Raises:
         GuardError: naming layer and tile.
@@ -131,7 +132,7 @@ def make_guard(
     transposed = {linear.name for linear in linears if linear.transposed}
     guard, problem = None, None
     try:
-        guard = Guard(pieces, pattern, transposed=transposed, sample_chunks=sample_chunks)
+        guard = Guard(pieces, pattern, transposed=transposed, sample_chunks=sample_chunks, when=when)
     except UserError as error:
         problem = error
     world.agree(problem)

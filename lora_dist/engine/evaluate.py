@@ -48,16 +48,15 @@ def evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[]
 
 
 def _evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[], None]]) -> EvalReport:
-    with world.main_first():
-        opened = open_model(
-            args.model,
-            args.adapter,
-            config_name=args.config_name,
-            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-            device=str(world.device),
-            trust_remote_code=args.trust_remote_code,
-            progress=world.is_main,
-        )
+    opened = open_model(
+        args.model,
+        args.adapter,
+        world=world,
+        strategy=args.strategy,
+        config_name=args.config_name,
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        trust_remote_code=args.trust_remote_code,
+    )
     limit = getattr(opened.base.model.config, "max_position_embeddings", 2048)
     context = args.block_size or min(limit, 2048)
     if context > limit:

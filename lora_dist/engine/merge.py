@@ -1,9 +1,13 @@
-"""Merge an adapter into its base and prove two things: pruned tiles are exactly zero, and logits are what they were."""
+"""Merge an adapter into its base and prove two things: pruned tiles are exactly zero, and logits are what they were.
+
+In the memory of one process, or shard by shard under fsdp2, where no process ever holds the whole model.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dist.adapter import merge_adapter, update_outside_mask
+from lora_dist.adapter import layer_update, lora_layers, merge_adapter, update_outside_mask
 from lora_dist.arguments import MergeArgs
 from lora_dist.blocks import Guard, Pattern
-from lora_dist.engine.open_model import open_model
+from lora_dist.engine.base import make_guard, require_finite
+from lora_dist.engine.open_model import OpenModel, open_model
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.architecture import prunable_linears
-from lora_dist.models.export import check_output, prove_zeros, save_model
+from lora_dist.models.export import StreamedModel, check_output, plan_shards, prove_zeros, save_model
+from lora_dist.parallel import World, plain_name
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
 MAX_LOGITS_ERROR = 1e-3
@@ -50,74 +56,176 @@ def _relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
-def merge(args: MergeArgs) -> MergeReport:
-    """Merge, prove, write.
+def merge(args: MergeArgs, world: World) -> MergeReport:
+    """Collective. Merge, prove, write.
 
     Raises:
         UserError: bad input; plain LoRA into a pruned base without `project` or `densify`.
         GuardError: adapter of another base; a pruned tile that is not zero. Nothing is left in OUT.
     """
-    check_output(args.out)
+    world.on_main(lambda: check_output(args.out))
     opened = open_model(
         args.base,
         args.adapter,
+        world=world,
+        strategy=args.strategy,
         config_name=args.config_name,
         dtype=torch.float32,  # the sum is made in float32 and rounded once
-        device=args.device,
         trust_remote_code=args.trust_remote_code,
     )
     pattern = opened.found.pattern
     plain_on_pruned = not opened.masked and pattern is not None
     if plain_on_pruned and not (args.project or args.densify):
-        lost = update_outside_mask(opened.model, pattern)  # type: ignore[arg-type]
+        lost = update_outside_mask(updates(opened), pattern)  # type: ignore[arg-type]
         raise UserError(
             f"ADAPTER: found plain LoRA for a base with {pattern.sparsity:.0%} pruned weights; merging it would destroy the pattern. "  # type: ignore[union-attr]
             f"Two ways out: --project merges and sets pruned tiles back to zero (throws away {lost:.0%} of the squared update: expect "
             "a much worse model, evaluate it), --densify merges all of it and gives the sparsity up"
         )
-    tokens = torch.Generator().manual_seed(0)
-    vocabulary = opened.base.model.get_input_embeddings().num_embeddings
-    length = min(PROBE_TOKENS, getattr(opened.base.model.config, "max_position_embeddings", PROBE_TOKENS))
-    ids_BL = torch.randint(vocabulary, (PROBE_ROWS, length), generator=tokens).to(args.device)
-    before = _probe_logits(opened.model, ids_BL)
-    project = args.project and plain_on_pruned
-    lost = update_outside_mask(opened.model, pattern) if project else 0.0  # type: ignore[arg-type]
-    merged: Any = merge_adapter(opened.model)
-    if project:
-        _apply(merged, pattern)  # type: ignore[arg-type]
-    error_fp32 = _relative(_probe_logits(merged, ids_BL), before)
-    if error_fp32 > MAX_LOGITS_ERROR and not project:
+    project = pattern if args.project and plain_on_pruned else None
+    kept = None if args.densify and plain_on_pruned else pattern
+    lost = update_outside_mask(updates(opened), project) if project is not None else 0.0
+    dtype = opened.base.stored_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    merging = merge_sharded if opened.sharded is not None else merge_whole
+    errors = merging(opened, world, Path(args.out), project=project, kept=kept, dtype=dtype)
+    transposed = {linear.name for linear in opened.linears if linear.transposed}
+
+    def prove() -> MergeReport:
+        try:
+            zero_tiles = 0 if kept is None else prove_zeros(Path(args.out), kept, transposed=transposed)
+        except UserError:
+            shutil.rmtree(args.out)  # this call made it
+            raise
+        report = MergeReport(Path(args.out), kept.digest if kept else None, zero_tiles, errors.rounded, errors.float32, lost)
+        (Path(args.out) / "merge.json").write_text(
+            json.dumps({**{k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}, **vars(args)}, indent=1)
+        )
+        return report
+
+    return world.on_main(prove)
+
+
+def check_logits(error: float, *, project: Pattern | None) -> None:
+    """Raises GuardError where merging changed what the model computes."""
+    if error > MAX_LOGITS_ERROR and project is None:
         raise GuardError(
-            f"guard after merging: merged logits differ from the adapter's by {error_fp32:.1e} of the largest, expected at most "
+            f"guard after merging: merged logits differ from the adapter's by {error:.1e} of the largest, expected at most "
             f"{MAX_LOGITS_ERROR:.0e}; nothing was written"
         )
-    kept = None if args.densify and plain_on_pruned else pattern
-    _check_zeros(merged, kept, "after merging")
-    merged.to(opened.base.stored_dtype if args.dtype == "auto" else getattr(torch, args.dtype))
-    error = _relative(_probe_logits(merged, ids_BL), before)
+
+
+def probe_tokens(model: Any, device: torch.device) -> Tensor:
+    """Random token ids (rows, tokens), the same at every call."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
+    return torch.randint(vocabulary, (PROBE_ROWS, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def updates(opened: OpenModel) -> Iterator[tuple[str, Tensor]]:
+    """(name in the base, delta_OI) of every adapted linear, float32; collective where the model is sharded."""
+    layers = list(lora_layers(opened.model))
+    if opened.sharded is None:
+        for name, layer in layers:
+            yield name, layer_update(layer)
+        return
+    for unit in opened.sharded.all_units():
+        parts = set(unit.modules())
+        inside = [(name, layer) for name, layer in layers if layer in parts]
+        layers = [pair for pair in layers if pair not in inside]
+        if inside:
+            with opened.sharded.gathered(unit):
+                deltas = [(name, layer_update(layer).clone()) for name, layer in inside]
+            yield from deltas
+
+
+@dataclass(frozen=True)
+class LogitErrors:
+    """Largest |merged - adapter| logit over the largest |adapter| logit."""
+
+    float32: float
+    rounded: float
+
+
+def merge_whole(
+    opened: OpenModel, world: World, out: Path, *, project: Pattern | None, kept: Pattern | None, dtype: torch.dtype
+) -> LogitErrors:
+    """Merge in this process's memory and write."""
+    ids_BL = probe_tokens(opened.base.model, world.device)
+    before = _probe_logits(opened.model, ids_BL)
+    merged: Any = merge_adapter(opened.model)
+    if project is not None:
+        for linear in prunable_linears(merged):
+            if linear.name in project:
+                linear.weight_OI.masked_fill_(~project[linear.name].expand(linear.weight_OI.device), 0.0)
+    float32 = _relative(_probe_logits(merged, ids_BL), before)
+    check_logits(float32, project=project)
+    transposed = {linear.name for linear in prunable_linears(merged) if linear.transposed}
+    Guard(dict(merged.named_parameters()), kept, transposed=transposed, when="after merging")
+    merged.to(dtype)
+    rounded = _relative(_probe_logits(merged, ids_BL), before)
     merged.config.use_cache = opened.base.use_cache
-    save_model(merged, opened.base.tokenizer, args.out, pattern=kept)
-    try:
-        zero_tiles = 0 if kept is None else prove_zeros(Path(args.out), kept, transposed=_transposed(merged))
-    except UserError:
-        shutil.rmtree(args.out)  # this call made it
-        raise
-    report = MergeReport(Path(args.out), kept.digest if kept else None, zero_tiles, error, error_fp32, lost)
-    (Path(args.out) / "merge.json").write_text(
-        json.dumps({**{k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}, **vars(args)}, indent=1)
-    )
-    return report
+    world.on_main(lambda: save_model(merged, opened.base.tokenizer, out, pattern=kept))
+    return LogitErrors(float32, rounded)
 
 
-def _apply(model: nn.Module, pattern: Pattern) -> None:
-    for linear in prunable_linears(model):
-        if linear.name in pattern:
-            linear.weight_OI.masked_fill_(~pattern[linear.name].expand(linear.weight_OI.device), 0.0)
+@torch.no_grad()
+def merge_sharded(
+    opened: OpenModel, world: World, out: Path, *, project: Pattern | None, kept: Pattern | None, dtype: torch.dtype
+) -> LogitErrors:
+    """Collective. Merge shard by shard; rank 0 gathers and writes a file at a time, so that no process ever holds the whole model."""
+    sharded, model, base = opened.sharded, opened.model, opened.base.model
+    assert sharded is not None
+    # Before a forward pass, which leaves the root's parameters gathered: these are the shards.
+    parameters = {plain_name(name): p for name, p in base.named_parameters() if ".lora_" not in name}
+    ids_BL = probe_tokens(base, world.device)
+    before = _probe_logits(model, ids_BL)
+    transposed = {linear.name for linear in opened.linears if linear.transposed}
+    for name, delta_OI in updates(opened):
+        if project is not None and name in project:
+            delta_OI.masked_fill_(~project[name].expand(delta_OI.device), 0.0)
+        sharded.add(parameters[f"{name}.weight"], delta_OI.T if name in transposed else delta_OI)
+    with model.disable_adapter():
+        float32 = _relative(_probe_logits(model, ids_BL), before)
+    check_logits(float32, project=project)
+    pieces = {name: sharded.piece(p) for name, p in parameters.items()}
+    require_finite(world, pieces)
+    make_guard(world, pieces, kept, opened.linears, sample_chunks=1, when="after merging")
+    for piece in pieces.values():
+        piece.tensor.copy_(piece.tensor.to(dtype))
+    with model.disable_adapter():
+        rounded = _relative(_probe_logits(model, ids_BL), before)
+    _write_gathered(opened, world, out, parameters, kept, dtype)
+    return LogitErrors(float32, rounded)
 
 
-def _transposed(model: nn.Module) -> set[str]:
-    return {linear.name for linear in prunable_linears(model) if linear.transposed}
+def _write_gathered(
+    opened: OpenModel, world: World, out: Path, parameters: Mapping[str, nn.Parameter], kept: Pattern | None, dtype: torch.dtype
+) -> None:
+    """Collective: every process gathers, rank 0 writes; its failure is raised on all once the gathering is over."""
+    assert opened.sharded is not None
+    model = opened.base.model
+    kept_names = set(model.state_dict())
+    buffers = {plain_name(n): b for n, b in model.named_buffers() if n in kept_names and ".lora_" not in n}
+    empty = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
+    files, index = plan_shards(empty | {name: buffer.to("meta") for name, buffer in buffers.items()})
+    problem, writer = None, None
+    for file, names in files.items():
+        tensors = {}
+        for name in names:
+            whole = opened.sharded.whole(parameters[name]).to(dtype) if name in parameters else buffers[name]
+            if world.is_main:
+                tensors[name] = whole.cpu().contiguous()
+        if world.is_main and problem is None:
+            try:
+                writer = writer or StreamedModel(out)
+                writer.add(file, tensors)
+            except UserError as error:
+                problem = error
+    world.agree(problem)
 
+    def finish() -> None:
+        assert writer is not None
+        model.config.use_cache, model.config.dtype = opened.base.use_cache, dtype
+        writer.finish(model, opened.base.tokenizer, index, kept)
 
-def _check_zeros(model: nn.Module, pattern: Pattern | None, when: str) -> None:
-    Guard(dict(model.named_parameters()), pattern, transposed=_transposed(model)).check_pattern(when)
+    world.on_main(finish)

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from lora_dist.adapter import ADAPTER_CONFIG, is_masked, load_adapter, read_adapter_config
-from lora_dist.blocks import Pattern
-from lora_dist.engine.pattern import FoundPattern, base_pattern
-from lora_dist.models.loading import LoadedBase, load_base
+from lora_dist.blocks import NamedLinear, Pattern
+from lora_dist.engine.base import load_for, shard_units
+from lora_dist.engine.pattern import FoundPattern
+from lora_dist.models.loading import LoadedBase
+from lora_dist.parallel import World
+from lora_dist.parallel.fully_sharded import FullySharded
 
 
 @dataclass(frozen=True)
@@ -19,28 +22,33 @@ class OpenModel:
     """What `open_model` returns."""
 
     model: Any
-    """the PEFT model, or the bare base"""
+    """the PEFT model, or the bare base; what to call for a forward pass"""
     base: LoadedBase
     found: FoundPattern
     """of the base"""
+    linears: list[NamedLinear]
+    """the prunable linears, as they were before an adapter was put on them"""
     masked: bool
     """whether there is an adapter that respects a pattern"""
+    sharded: FullySharded | None
+    """where the base is cut over processes; every forward pass is a collective then"""
 
 
 def open_model(
     name_or_path: str,
     adapter: str | None = None,
     *,
+    world: World,
+    strategy: str = "ddp",
     config_name: str | None = None,
     dtype: torch.dtype | None = None,
-    device: str = "cpu",
     block: int = 16,
     trust_remote_code: bool = False,
-    progress: bool = True,
 ) -> OpenModel:
-    """Load a base, and an adapter onto it.
+    """Collective. Load a base, and an adapter onto it, on `world.device`.
 
     Args:
+        strategy: ddp (whole on every process) or fsdp2 (cut over all of them).
         dtype: None keeps what is stored.
         block: tile side to look for where no mask is stored; a masked adapter's own pattern decides otherwise.
 
@@ -54,12 +62,22 @@ def open_model(
         trained_with: Pattern | None = getattr(read_adapter_config(adapter), "_pattern", None)
         if trained_with is not None and trained_with.kind == "block":
             block = trained_with.block
-    base = load_base(
-        name_or_path, config_name=config_name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, progress=progress
+    opened = load_for(
+        world,
+        name_or_path,
+        sharded=strategy == "fsdp2",
+        block=block,
+        config_name=config_name,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
-    found = base_pattern(base.model, base.source_dir, block=block)
-    if adapter is None:
-        return OpenModel(base.model, base, found, False)
-    model = load_adapter(base.model, adapter, base_fingerprint=base.fingerprint, pattern=found.pattern)
-    model.eval()
-    return OpenModel(model, base, found, is_masked(model))
+    base, found, model = opened.base, opened.found, opened.base.model
+    if adapter is not None:
+        model = load_adapter(base.model, adapter, base_fingerprint=base.fingerprint, pattern=found.pattern)
+        model.eval()
+    masked = adapter is not None and is_masked(model)
+    if strategy != "fsdp2":
+        return OpenModel(model, base, found, opened.linears, masked, None)
+    sharded = FullySharded(model, base.model, shard_units(base.model), world, reader=opened.reader, adamw=None)
+    sharded.check_in_force()
+    return OpenModel(model, base, found, opened.linears, masked, sharded)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_dist.config import RunConfig
-from lora_dist.engine.base import BaseAndPattern, plain_name, shard_units
+from lora_dist.engine.base import BaseAndPattern, shard_units
 from lora_dist.log import UserError
 from lora_dist.models.loss import causal_loss_sum
 from lora_dist.parallel import AdamWArgs, LossScale, Replicated, Strategy, World, launch_problems
@@ -48,6 +48,11 @@ def plan_strategy(config: RunConfig, world: World) -> StrategyPlan:
     args, train = config.parallel, config.train
     plan = StrategyPlan(resolve_strategy(args.strategy, args.ds_config))
     problems: list[str] = []
+    if args.hybrid_shard and (world.size % world.local_size or world.size == world.local_size):
+        problems.append(
+            f"parallel.hybrid_shard: found {world.size} processes with {world.local_size} on this machine, expected two machines or "
+            "more with as many processes each; leave it out to shard over all of them"
+        )
     offload: dict[str, str] = {}
     if plan.stage is not None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -115,7 +120,7 @@ def wrap(
     Raises:
         UserError: the strategy is not in force, or cannot be.
     """
-    train, reader = config.train, opened.reader
+    train = config.train
     adamw = AdamWArgs((train.adam_beta1, train.adam_beta2), train.adam_epsilon, train.weight_decay)
     common: dict[str, Any] = {"adamw": adamw, "max_grad_norm": train.max_grad_norm, "loss_scale": loss_scale}
     strategy: Strategy
@@ -130,7 +135,7 @@ def wrap(
             opened.base.model,
             shard_units(opened.base.model),
             world,
-            read_rows=None if reader is None else reader.rows,
+            reader=opened.reader,
             hybrid=config.parallel.hybrid_shard,
             **common,
         )
@@ -144,8 +149,7 @@ def wrap(
             world,
             stage=plan.stage,
             config=engine_config,
-            read_whole=None if reader is None else reader.whole,
-            base_name=plain_name,
+            reader=opened.reader,
             prime=lambda module: _smallest_loss(module, world.device),
             **common,
         )

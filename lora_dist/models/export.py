@@ -6,16 +6,19 @@ Everything goes to a hidden sibling of the final name, is flushed to disk, and i
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.log import GuardError, UserError
@@ -78,13 +81,78 @@ def save_model(
     Raises:
         UserError: out_dir holds something, or the disk is full or read-only; nothing is left of this call then.
     """
+    with _staged(out_dir) as staging:
+        with quiet_transformers(), _savable_generation(model):
+            model.save_pretrained(str(staging))
+        _write_rest(tokenizer, staging, pattern, extra_files or {})
+    return Path(out_dir).expanduser()
+
+
+MAX_SHARD = "2GB"
+"""of a model that is gathered piece by piece: as much as the writing process holds at once"""
+
+
+def plan_shards(tensors: Mapping[str, Tensor]) -> tuple[dict[str, list[str]], dict[str, Any] | None]:
+    """Which file gets which tensors, and the index for them, None for a single file. Shapes and dtypes are enough (meta tensors)."""
+    plan = split_torch_state_dict_into_shards(
+        dict(tensors), filename_pattern="model{suffix}.safetensors", max_shard_size=MAX_SHARD
+    )
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename} if plan.is_sharded else None
+    return {file: list(names) for file, names in plan.filename_to_tensors.items()}, index
+
+
+class StreamedModel:
+    """Writes a model whose tensors come file by file; the directory appears whole, or not at all.
+
+    Args:
+        out_dir: must not exist, or be empty.
+
+    Raises:
+        UserError: out_dir holds something, or the disk is full or read-only.
+    """
+
+    def __init__(self, out_dir: str | Path):
+        self.out = Path(out_dir).expanduser()
+        self._stack = ExitStack()
+        self._staging = self._stack.enter_context(_staged(out_dir))
+
+    def add(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one file of weights."""
+        with self._closed_on_failure():
+            save_file(dict(tensors), str(self._staging / file), metadata={"format": "pt"})
+
+    def finish(self, model: Any, tokenizer: Any, index: Mapping[str, Any] | None, pattern: Pattern | None) -> None:
+        """Write what is not weights (of the model: its configurations), and publish."""
+        with self._closed_on_failure():
+            with quiet_transformers(), _savable_generation(model):
+                model.config.save_pretrained(str(self._staging))
+                if model.generation_config is not None:
+                    model.generation_config.save_pretrained(str(self._staging))
+            if index is not None:
+                text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+                (self._staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            _write_rest(tokenizer, self._staging, pattern, {})
+        self._stack.close()
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not self._stack.__exit__(type(error), error, error.__traceback__):
+                raise
+
+
+@contextmanager
+def _staged(out_dir: str | Path) -> Iterator[Path]:
+    """A hidden sibling to write into; renamed to `out_dir` at the end, removed if anything fails."""
     out = check_output(out_dir)
     made = [parent for parent in out.parents if not parent.exists()]  # nearest first
     staging = out.parent / f".{out.name}.saving"
     try:
         shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed while it wrote
         staging.mkdir(parents=True)
-        _write(model, tokenizer, staging, pattern, extra_files or {})
+        yield staging
         _flush_all(staging)
         os.rename(staging, out)  # takes the place of an empty directory too
         flush(out.parent)
@@ -98,12 +166,11 @@ def save_model(
                 f"OUT: {out} could not be written ({error}); nothing was left there: free space or choose another disk"
             ) from error
         raise
-    return out
 
 
-def _write(model: Any, tokenizer: Any, folder: Path, pattern: Pattern | None, extra_files: Mapping[str, str]) -> None:
-    with quiet_transformers(), _savable_generation(model):
-        model.save_pretrained(str(folder))
+def _write_rest(tokenizer: Any, folder: Path, pattern: Pattern | None, extra_files: Mapping[str, str]) -> None:
+    """Tokenizer, pattern and notes, beside config and weights."""
+    with quiet_transformers():
         tokenizer.save_pretrained(str(folder))
     if pattern is not None:
         pattern.save(folder)

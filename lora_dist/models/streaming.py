@@ -137,6 +137,9 @@ class TensorReader:
             logger.warning("%s: %d tensors in the files are not used by the model: %s", source_dir, len(unused), some(unused))
         return keys
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._keys
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a parameter's first dimension, on CPU, in the precision it is stored in."""
         key = self._keys[name]

@@ -4,12 +4,13 @@ from lora_dist.parallel.launch import World, close_world, init_world
 from lora_dist.parallel.launcher_env import launch_problems
 from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.replicated import Replicated
-from lora_dist.parallel.strategy import AdamWArgs, Placement, Strategy, StrategyError, Update
+from lora_dist.parallel.strategy import AdamWArgs, Placement, Reader, Strategy, StrategyError, Update, plain_name
 
 __all__ = [
     "AdamWArgs",
     "LossScale",
     "Placement",
+    "Reader",
     "Replicated",
     "Strategy",
     "StrategyError",
@@ -18,4 +19,5 @@ __all__ = [
     "close_world",
     "init_world",
     "launch_problems",
+    "plain_name",
 ]

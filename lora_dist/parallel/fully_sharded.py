@@ -9,7 +9,8 @@ With `hybrid`, the mesh has two levels: sharded inside a machine, replicated acr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,25 +21,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lora_dist.blocks import Piece
-from lora_dist.log import UserError
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
-from lora_dist.parallel.strategy import AdamWArgs, StrategyError, TorchStrategy, all_reduce_sum
+from lora_dist.parallel.strategy import AdamWArgs, Reader, StrategyError, TorchStrategy, all_reduce_sum, plain_name
 
 
 def make_mesh(world: World, *, hybrid: bool) -> DeviceMesh:
-    """Collective: one dimension over all processes, or (machines, processes of a machine).
-
-    Raises:
-        UserError: hybrid asked for where machines have different numbers of processes, or where there is one machine.
-    """
+    """Collective: one dimension over all processes, or (machines, processes of a machine), equally many on each."""
     if not hybrid:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    if world.size % world.local_size or world.size == world.local_size:
-        raise UserError(
-            f"parallel.hybrid_shard: found {world.size} processes with {world.local_size} on this machine, expected two machines or "
-            "more with as many processes each; leave it out to shard over all of them"
-        )
     sizes = (world.size // world.local_size, world.local_size)
     return init_device_mesh(world.device.type, sizes, mesh_dim_names=("replicate", "shard"))
 
@@ -57,7 +48,8 @@ class FullySharded(TorchStrategy):
         model: the PEFT model, its base in placeholders (`models/streaming.py`) or whole.
         root: the causal language model inside, whose forward pass every use of the model goes through.
         units: what is gathered and freed as one: decoder layers, and embedding and head where they are not tied.
-        read_rows: reads rows [start, stop) of a base parameter, given its name in the base; None where the base is whole already.
+        reader: reads the weights of a base in placeholders; None where the base is whole already.
+        adamw: None for evaluation only.
     """
 
     name = "fsdp2"
@@ -70,8 +62,8 @@ class FullySharded(TorchStrategy):
         units: Sequence[nn.Module],
         world: World,
         *,
-        read_rows: Callable[[str, int, int], Tensor] | None,
-        adamw: AdamWArgs,
+        reader: Reader | None,
+        adamw: AdamWArgs | None,
         max_grad_norm: float = 0.0,
         loss_scale: LossScale | None = None,
         hybrid: bool = False,
@@ -92,23 +84,47 @@ class FullySharded(TorchStrategy):
                 part.set_gradient_divide_factor(1.0)  # sums: the loss is a share of the whole step's mean already
                 part.set_force_sum_reduction_for_comms(True)  # gloo has no operation that also divides
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if read_rows is not None:
-            self._fill(root, read_rows)
-        self._make_optimizer(adamw)
+        if reader is not None:
+            self._fill(root, reader)
+        if adamw is not None:
+            self._make_optimizer(adamw)
 
     @torch.no_grad()
-    def _fill(self, root: nn.Module, read_rows: Callable[[str, int, int], Tensor]) -> None:
+    def _fill(self, root: nn.Module, reader: Reader) -> None:
         """Read this process's rows of every base parameter into its shard."""
         for name, parameter in root.named_parameters():
-            if not parameter.requires_grad:
+            if plain_name(name) in reader:
                 local, start = self._local(parameter), self._first_row(parameter)
-                local.copy_(read_rows(name.replace(".base_layer.", "."), start, start + local.shape[0]))
+                local.copy_(reader.rows(plain_name(name), start, start + local.shape[0]))
 
     def _first_row(self, parameter: Tensor) -> int:
         """Where this process's rows begin: the first dimension is cut as `torch.chunk` cuts it."""
         shards = self.mesh["shard"]
         height = -(-parameter.shape[0] // shards.size())
         return min(shards.get_local_rank() * height, parameter.shape[0])
+
+    @contextmanager
+    def gathered(self, unit: Any) -> Iterator[None]:
+        """Collective: the unit's parameters whole on every process, for as long as the block lasts."""
+        unit.unshard()
+        try:
+            yield
+        finally:
+            unit.reshard()
+
+    def all_units(self) -> list[Any]:
+        """The units, and the root with what is in none of them."""
+        return [*self._units, self._root]
+
+    @torch.no_grad()
+    def add(self, parameter: nn.Parameter, full: Tensor) -> None:
+        """Add this process's rows of a full tensor to its shard."""
+        local, start = self._local(parameter), self._first_row(parameter)
+        local += full[start : start + local.shape[0]]
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """Collective: the full tensor of a parameter."""
+        return self._full(parameter.detach())
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -147,7 +163,7 @@ class FullySharded(TorchStrategy):
 
     def check_in_force(self) -> None:
         wanted = (Shard(0),) if self.mesh.ndim == 1 else (Replicate(), Shard(0))
-        for unit in [*self._units, self._root]:
+        for unit in self.all_units():
             if not isinstance(unit, FSDPModule):
                 raise StrategyError(f"parallel.strategy: asked for fsdp2, but {type(unit).__name__} is not a unit of fully_shard")
         for name, parameter in self.model.named_parameters():

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,21 @@ from lora_dist.parallel.loss_scale import LossScale
 
 class StrategyError(UserError):
     """A strategy that was asked for is not in force."""
+
+
+class Reader(Protocol):
+    """Reads the weights of a base that is in placeholders (`models/streaming.py`), by their names in the base."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor: ...
+
+    def whole(self, name: str) -> Tensor: ...
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the base as it was before PEFT wrapped its linears."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 @dataclass(frozen=True)

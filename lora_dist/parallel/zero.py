@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lora_dist.blocks import Piece
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
-from lora_dist.parallel.strategy import AdamWArgs, Strategy, StrategyError, Update, check_optimizer_tensors
+from lora_dist.parallel.strategy import AdamWArgs, Reader, Strategy, StrategyError, Update, check_optimizer_tensors, plain_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -52,8 +52,8 @@ class Zero(Strategy):
     Args:
         model: the PEFT model; for stage 3 its base may be in placeholders (`models/streaming.py`).
         config: complete, from `ds_config.zero_config`.
-        read_whole: reads a base parameter, given its name in the base; None where the base is whole already. Stage 3 only.
-        base_name: name of a parameter in `model` -> in the base.
+        reader: reads the weights of a base in placeholders; None where the base is whole already. Stage 3 only.
+        prime: a forward pass that costs little, returning a loss.
     """
 
     def __init__(
@@ -63,8 +63,7 @@ class Zero(Strategy):
         *,
         stage: int,
         config: dict[str, Any],
-        read_whole: Callable[[str], Tensor] | None,
-        base_name: Callable[[str], str],
+        reader: Reader | None,
         adamw: AdamWArgs,
         max_grad_norm: float = 0.0,
         loss_scale: LossScale | None = None,
@@ -77,7 +76,7 @@ class Zero(Strategy):
         self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
         deepspeed = import_deepspeed(world)
         if stage == 3:
-            self._partition(deepspeed, model, config, read_whole, base_name)
+            self._partition(deepspeed, model, config, reader)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
             trainable.values(), lr=0.0, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, fused=True
@@ -94,8 +93,7 @@ class Zero(Strategy):
         deepspeed: Any,
         model: nn.Module,
         config: dict[str, Any],
-        read_whole: Callable[[str], Tensor] | None,
-        base_name: Callable[[str], str],
+        reader: Reader | None,
     ) -> None:
         """Cut the parameters module by module, so that only one of them is ever whole. Rank 0 reads, the others get it by broadcast."""
         for prefix, part in model.named_modules():
@@ -103,11 +101,12 @@ class Zero(Strategy):
             if not own:
                 continue
             for key, parameter in own.items():
-                if read_whole is None or parameter.requires_grad or hasattr(parameter, "ds_id"):
+                name = plain_name(f"{prefix}.{key}")
+                if reader is None or name not in reader or hasattr(parameter, "ds_id"):
                     continue
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
                 if self.world.is_main:
-                    whole.copy_(read_whole(base_name(f"{prefix}.{key}")))
+                    whole.copy_(reader.whole(name))
                 parameter.data = whole
             with torch.no_grad():
                 deepspeed.zero.Init(module=part, config_dict_or_path=config)

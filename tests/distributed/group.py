@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 from tests.runs import ROOT, descendants, environment
 
-JOB_TIMEOUT_S = 180
+JOB_TIMEOUT_S = 120
 
 
 @dataclass(frozen=True)
@@ -33,44 +34,52 @@ class Done:
 
 
 class WorkerGroup:
-    """`processes` workers under one torchrun."""
+    """`processes` workers, under one torchrun or under one on each of several "machines" (all of them this one)."""
 
-    def __init__(self, processes: int, folder: Path):
-        self.processes, self.folder, self._jobs = processes, folder, 0
-        folder.mkdir(parents=True)
+    def __init__(self, processes: int, folder: Path, machines: int = 1):
+        self.processes, self.machines, self._root, self._starts = processes, machines, folder, 0
+        self._start()
+
+    def _start(self) -> None:
+        self._jobs, self.folder = 0, self._root / str(self._starts)
+        self._starts += 1
+        self.folder.mkdir(parents=True)
         script = str(ROOT / "tests" / "distributed" / "worker.py")
-        self._log = (folder / "log.txt").open("w")
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc_per_node",
-                str(processes),
-                script,
-                str(folder),
-            ],
-            cwd=ROOT,
-            env=environment(PYTHONPATH=str(ROOT)),
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.processes // self.machines)]
+        meeting = ["--nnodes", str(self.machines), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        self._log = (self.folder / "log.txt").open("w")
+        self._launchers = [
+            subprocess.Popen(
+                [
+                    *torchrun,
+                    *(["--standalone"] if self.machines == 1 else [*meeting, "--node-rank", str(machine)]),
+                    script,
+                    str(self.folder),
+                ],
+                cwd=ROOT,
+                env=environment(PYTHONPATH=str(ROOT)),
+                stdout=self._log,
+                stderr=subprocess.STDOUT,
+            )
+            for machine in range(self.machines)
+        ]
 
-    def run(self, *argv: str, code: int = 0) -> Done:
-        """One `train` job on all workers; fails the test if a rank ends with another code."""
+    def run(self, *argv: str, verb: str = "train", code: int = 0, tamper: dict[str, Any] | None = None) -> Done:
+        """One job on all workers; fails the test if a rank ends with another code. `tamper`: see `worker.py`."""
         job = self.folder / f"job-{self._jobs}"
         part = job.with_suffix(".part")
-        part.write_text(json.dumps(list(argv)))
+        part.write_text(json.dumps({"verb": verb, "argv": list(argv), "tamper": tamper}))
         os.rename(part, job.with_suffix(".json"))
         self._jobs += 1
         files = [self.folder / f"{job.name}.rank-{rank}.json" for rank in range(self.processes)]
         deadline = time.monotonic() + JOB_TIMEOUT_S
         while not all(file.exists() for file in files):
-            if self._process.poll() is not None or time.monotonic() > deadline:
+            if any(launcher.poll() is not None for launcher in self._launchers) or time.monotonic() > deadline:
                 answers = [json.loads(file.read_text()) for file in files if file.exists()]
+                log = (self.folder / "log.txt").read_text()[-4000:]
                 self.close()
-                raise AssertionError(f"the workers ended or hang; {answers}\n{(self.folder / 'log.txt').read_text()[-4000:]}")
+                self._start()  # one failure is not to be every later test's
+                raise AssertionError(f"the workers ended or hang; {answers}\n{log}")
             time.sleep(0.005)
         ranks = [json.loads(file.read_text()) for file in files]
         for number, rank in enumerate(ranks):
@@ -78,12 +87,18 @@ class WorkerGroup:
         return Done(ranks)
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            (self.folder / f"job-{self._jobs}.json").write_text("null")
+        (self.folder / f"job-{self._jobs}.json").write_text("null")
+        for launcher in self._launchers:
             try:
-                self._process.wait(timeout=20)
+                launcher.wait(timeout=20)
             except subprocess.TimeoutExpired:
-                for pid in [*descendants(self._process.pid), self._process.pid]:
+                for pid in [*descendants(launcher.pid), launcher.pid]:
                     os.kill(pid, 9)
-                self._process.wait()
+                launcher.wait()
         self._log.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A process of a worker group: joins the others once, then runs one training job after another (see `group.py`).
+"""A process of a worker group: joins the others once, then runs one job after another (see `group.py`).
 
 Started by torchrun. Jobs are files `job-N.json` in the folder given; each process answers with `job-N.rank-R.json`.
 """
@@ -21,11 +21,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_dist.__main__ import end_with_launcher
-from lora_dist.cli.options import parse
-from lora_dist.cli.train import VERB
+from lora_dist.arguments import EvalArgs, GenerateArgs, MergeArgs
+from lora_dist.cli.options import Verb, parse
+from lora_dist.cli.train import VERB as TRAIN
 from lora_dist.config import RunConfig
+from lora_dist.engine.base import base_pieces
+from lora_dist.engine.evaluate import evaluate
+from lora_dist.engine.merge import merge
+from lora_dist.engine.open_model import open_model
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.train import train
+from lora_dist.generation import generate
 from lora_dist.log import UserError
 from lora_dist.parallel import World, close_world, init_world
 
@@ -65,17 +71,68 @@ def wrapped_facts(parts: Parts) -> dict[str, Any]:
     return facts
 
 
-def run_job(argv: list[str], world: World) -> dict[str, Any]:
-    answer: dict[str, Any] = {"code": None, "error": None, "facts": None, "base_total": None}
-    output = io.StringIO()
+def tamper(parts: Parts, how: dict[str, Any]) -> None:
+    """Break something on one rank, as hardware or a bug would.
 
+    `weight`: after so many forward passes, write 3.0 into a pruned tile of this rank's own part of a layer.
+    `gradient`: from so many backward passes on, make the gradient behind a layer's output NaN, the loss staying finite.
+    """
+    if how["rank"] != parts.world.rank:
+        return
+    module = dict(parts.base.model.named_modules())[how["layer"]]
+    passes = 0
+
+    def after_forward(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        nonlocal passes
+        passes += 1
+        if how["what"] == "gradient" and passes >= how["after"] and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
+        if how["what"] == "weight" and passes == how["after"]:
+            piece, mask = pieces[f"{how['layer']}.weight"], parts.guard.pattern[how["layer"]]  # type: ignore[index]
+            pruned = ~mask.expand().flatten()[piece.start : piece.start + piece.tensor.numel()]
+            piece.tensor.data.view(-1)[int(pruned.nonzero()[how.get("index", 0)])] = 3.0
+
+    pieces = base_pieces(parts.base.model, parts.strategy.piece)
+    module.register_forward_hook(after_forward)
+
+
+def run_train(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
     def look(parts: Parts) -> None:
         answer["facts"] = wrapped_facts(parts)
+        if job.get("tamper"):
+            tamper(parts, job["tamper"])
 
+    answer["code"] = train(parse(RunConfig, argv, TRAIN), world, look=look)
+
+
+def run_eval(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
+    args = parse(EvalArgs, argv, Verb("eval", "", positionals=("model",)))
+    report = evaluate(args, world, lambda batches: lambda: None)
+    answer |= {"code": 0, "facts": {"loss": report.result.loss, "tokens": report.result.tokens}}
+
+
+def run_merge(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
+    report = merge(parse(MergeArgs, argv, Verb("merge", "", positionals=("base", "adapter", "out"))), world)
+    answer |= {"code": 0, "facts": {"zero_tiles": report.zero_tiles, "errors": [report.logits_error_fp32, report.logits_error]}}
+
+
+def run_generate(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
+    args = parse(GenerateArgs, argv, Verb("generate", "", positionals=("model",)))
+    opened = open_model(args.model, args.adapter, world=world, strategy=args.strategy)
+    placed = {str(p.placements) if isinstance(p, DTensor) else "whole" for p in opened.base.model.parameters()}
+    text = generate(opened.model, opened.base.tokenizer, [args.prompt], max_new_tokens=args.max_new_tokens)[0]
+    answer |= {"code": 0, "facts": {"text": text, "placements": sorted(placed)}}
+
+
+VERBS = {"train": run_train, "eval": run_eval, "merge": run_merge, "generate": run_generate}
+
+
+def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
+    answer: dict[str, Any] = {"code": None, "error": None, "facts": None}
+    output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            config = parse(RunConfig, argv, VERB)
-            answer["code"] = train(config, world, look=look)
+            VERBS[job["verb"]](job["argv"], job, world, answer)
         except UserError as error:
             answer |= {"code": 2, "error": str(error)}
         except Exception:
@@ -89,17 +146,16 @@ def main(folder: Path) -> None:
     world = init_world(device="cpu", always=True)
     number = 0
     while True:
-        job = folder / f"job-{number}.json"
-        while not job.exists():
+        file = folder / f"job-{number}.json"
+        while not file.exists():
             time.sleep(POLL_S)
-        argv = json.loads(job.read_text())
-        if argv is None:
+        job = json.loads(file.read_text())
+        if job is None:
             break
-        answer = run_job(argv, world)
+        answer = run_job(job, world)
         unfinished = folder / f"job-{number}.rank-{world.rank}.part"
         unfinished.write_text(json.dumps(answer))
         os.rename(unfinished, unfinished.with_suffix(".json"))
-        torch.manual_seed(0)
         number += 1
     close_world()
 

@@ -17,6 +17,7 @@ from lora_dist.engine.inspect import inspect
 from lora_dist.engine.merge import merge
 from lora_dist.engine.open_model import open_model
 from lora_dist.log import GuardError, UserError
+from lora_dist.parallel import World
 from tests.runs import options
 
 
@@ -38,7 +39,7 @@ def pruned_weights(folder, pattern):
 
 
 def test_the_merged_model_keeps_every_tile_and_the_logits(tiny_base, adapters, tmp_path):
-    report = merge(MergeArgs(base=str(tiny_base), adapter=str(adapters / "masked"), out=str(tmp_path / "m")))
+    report = merge(MergeArgs(base=str(tiny_base), adapter=str(adapters / "masked"), out=str(tmp_path / "m")), World())
     pattern = Pattern.load(tiny_base)
     zeros = pruned_weights(tmp_path / "m", pattern)
     assert len(zeros) > 0 and not zeros.any()
@@ -46,15 +47,17 @@ def test_the_merged_model_keeps_every_tile_and_the_logits(tiny_base, adapters, t
     assert report.logits_error < 1e-5 and report.logits_error_fp32 < 1e-5
     ids = torch.randint(4, 90, (2, 20))
     with torch.no_grad():
-        merged = open_model(str(tmp_path / "m"), progress=False).model(input_ids=ids).logits
-        adapted = open_model(str(tiny_base), str(adapters / "masked"), progress=False).model(input_ids=ids).logits
+        merged = open_model(str(tmp_path / "m"), world=World()).model(input_ids=ids).logits
+        adapted = open_model(str(tiny_base), str(adapters / "masked"), world=World()).model(input_ids=ids).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-5)
     before, after = load_file(tiny_base / "model.safetensors"), load_file(tmp_path / "m" / "model.safetensors")
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
 def test_half_precision_rounds_but_keeps_the_zeros(tiny_base, adapters, tmp_path):
-    report = merge(MergeArgs(base=str(tiny_base), adapter=str(adapters / "masked"), out=str(tmp_path / "m"), dtype="bfloat16"))
+    report = merge(
+        MergeArgs(base=str(tiny_base), adapter=str(adapters / "masked"), out=str(tmp_path / "m"), dtype="bfloat16"), World()
+    )
     assert report.logits_error_fp32 < 1e-5 < report.logits_error < 0.05
     assert not pruned_weights(tmp_path / "m", Pattern.load(tiny_base)).any()
 
@@ -62,12 +65,12 @@ def test_half_precision_rounds_but_keeps_the_zeros(tiny_base, adapters, tmp_path
 def test_plain_lora_is_refused_with_its_two_ways_out(tiny_base, adapters, tmp_path):
     arguments = {"base": str(tiny_base), "adapter": str(adapters / "plain")}
     with pytest.raises(UserError, match=r"--project.*throws away \d+% of the squared update.*--densify"):
-        merge(MergeArgs(**arguments, out=str(tmp_path / "no")))
+        merge(MergeArgs(**arguments, out=str(tmp_path / "no")), World())
     assert not (tmp_path / "no").exists()
-    projected = merge(MergeArgs(**arguments, out=str(tmp_path / "p"), project=True))
+    projected = merge(MergeArgs(**arguments, out=str(tmp_path / "p"), project=True), World())
     assert 0 < projected.update_lost < 1 and projected.pattern_digest
     assert not pruned_weights(tmp_path / "p", Pattern.load(tiny_base)).any()
-    dense = merge(MergeArgs(**arguments, out=str(tmp_path / "d"), densify=True))
+    dense = merge(MergeArgs(**arguments, out=str(tmp_path / "d"), densify=True), World())
     assert dense.pattern_digest is None and dense.logits_error < 1e-5
     assert pruned_weights(tmp_path / "d", Pattern.load(tiny_base)).any()
     assert not (tmp_path / "d" / "block_mask.safetensors").exists()
@@ -80,14 +83,14 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_written(tiny_base, ad
     tensors["model.embed_tokens.weight"][5, 5] += 1e-3
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GuardError, match="was trained on base"):
-        merge(MergeArgs(base=str(other), adapter=str(adapters / "masked"), out=str(tmp_path / "m")))
+        merge(MergeArgs(base=str(other), adapter=str(adapters / "masked"), out=str(tmp_path / "m")), World())
     assert not (tmp_path / "m").exists()
 
 
 def test_out_must_be_free(tiny_base, adapters, tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="OUT: .* already holds files"):
-        merge(MergeArgs(base=str(tiny_base), adapter=str(adapters / "masked"), out=str(tmp_path)))
+        merge(MergeArgs(base=str(tiny_base), adapter=str(adapters / "masked"), out=str(tmp_path)), World())
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

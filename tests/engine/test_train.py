@@ -196,6 +196,7 @@ def test_a_resumed_schedule_goes_on_where_it_was(tiny_base, tiny_text, tmp_path)
 def test_element_patterns_are_found_and_respected(tiny_base, tiny_text, tmp_path, quick):
     from lora_dist.arguments import MergeArgs
     from lora_dist.engine.merge import merge
+    from lora_dist.parallel import World
 
     base = tmp_path / "unstructured"
     shutil.copytree(tiny_base, base)
@@ -209,7 +210,7 @@ def test_element_patterns_are_found_and_respected(tiny_base, tiny_text, tmp_path
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     assert "has no 16x16 tiles of zeros" in refused(base, tiny_text, tmp_path / "no", **quick, adapter__mask="block")
     train(base, tiny_text, tmp_path / "out", **quick)
-    report = merge(MergeArgs(base=str(base), adapter=str(tmp_path / "out"), out=str(tmp_path / "merged")))
+    report = merge(MergeArgs(base=str(base), adapter=str(tmp_path / "out"), out=str(tmp_path / "merged")), World())
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     changed = 0
     for name, tensor in tensors.items():
@@ -385,6 +386,7 @@ def test_other_architectures_train_and_merge(kind, tiny_text, tmp_path, quick):
     from lora_dist.arguments import MergeArgs, PruneArgs
     from lora_dist.engine.merge import merge
     from lora_dist.engine.prune import prune_model
+    from lora_dist.parallel import World
     from tests.tiny import tiny_model, tiny_tokenizer
 
     tiny_model(kind, vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "dense")
@@ -393,5 +395,5 @@ def test_other_architectures_train_and_merge(kind, tiny_text, tmp_path, quick):
         PruneArgs(model=str(tmp_path / "dense"), out=str(tmp_path / "pruned"), score="magnitude", block=8), progress=False
     )
     train(tmp_path / "pruned", tiny_text, tmp_path / "out", **quick, adapter__mask="block", adapter__block=8)
-    report = merge(MergeArgs(base=str(tmp_path / "pruned"), adapter=str(tmp_path / "out"), out=str(tmp_path / "merged")))
+    report = merge(MergeArgs(base=str(tmp_path / "pruned"), adapter=str(tmp_path / "out"), out=str(tmp_path / "merged")), World())
     assert report.zero_tiles > 0 and report.logits_error < 1e-5
