@@ -76,6 +76,10 @@ count_processes() { # -> NPROC, on this machine
         say "NPROC is not set: 1 process, since torch sees no GPU"
       fi
       ;;
+    generate | merge) # several are of use with --strategy fsdp2 only
+      NPROC="${NPROC:-1}"
+      whole NPROC 1
+      ;;
     *)
       NPROC="${NPROC:-1}"
       [ "$NPROC" = 1 ] || fail "NPROC: found '$NPROC', expected 1: $VERB runs on one process"

@@ -115,7 +115,7 @@ quote_for_pdsh() { # REMOTE, word by word: pdsh hands one line of text to a shel
 
 start_hosts() {
   local ranks options=(--hostfile "$HOSTFILE" --launcher "$DS_LAUNCHER" --force_multi)
-  [ "$VERB" = train ] || [ "$VERB" = eval ] || fail "HOSTFILE: found '$HOSTFILE', expected none: $VERB runs on one process"
+  [[ "$VERB" =~ ^(train|eval|generate|merge)$ ]] || fail "HOSTFILE: found '$HOSTFILE', expected none: $VERB runs on one process"
   [ -z "${NPROC:-}" ] || say "NPROC is not used: the slots in $HOSTFILE say how many processes each host starts"
   if [ -z "${MASTER_ADDR:-}" ]; then
     MASTER_ADDR="${HOSTS[0]}"

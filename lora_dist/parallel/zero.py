@@ -46,6 +46,13 @@ def import_deepspeed(world: World) -> Any:
     return deepspeed
 
 
+def _without_pinning(config: dict[str, Any]) -> None:
+    """Page-locked memory is for copies to a GPU; without one, DeepSpeed would compile an extension to no purpose."""
+    for key in ("offload_optimizer", "offload_param"):
+        if isinstance(config["zero_optimization"].get(key), dict):
+            config["zero_optimization"][key]["pin_memory"] = False
+
+
 class Zero(Strategy):
     """A model driven by DeepSpeed's engine.
 
@@ -75,6 +82,8 @@ class Zero(Strategy):
         self._prime = prime
         self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
         deepspeed = import_deepspeed(world)
+        if world.device.type == "cpu":
+            _without_pinning(config)
         if stage == 3:
             self._partition(deepspeed, model, config, reader)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}

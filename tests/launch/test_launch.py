@@ -171,7 +171,13 @@ def test_what_is_missing_is_one_line_and_exit_code_2(script):
         assert "NODE_RANK: found nothing with NNODES=2" in refusal(script, **several)
     assert "NPROC: found 'many', expected a whole number" in refusal(script, NPROC="many")
     assert "NNODES: found 'x'" in refusal(script, NPROC="1", NNODES="x")
-    assert "NPROC: found '2', expected 1: merge runs on one process" in refusal(script, "merge", NPROC="2")
+    assert "NPROC: found '2', expected 1: prune runs on one process" in refusal(script, "prune", NPROC="2")
+    words = shlex.split(launch(script, "--dry-run", "merge", "a", "b", "c", "--strategy", "fsdp2", NPROC="2").stdout)
+    assert "merge" in words
+    if script == "deepspeed":
+        assert len(world(words)["machine0"]) == 2
+    else:
+        assert "2" in words
     assert "PYTHON: found '/no/such/python'" in launch(script, PYTHON="/no/such/python", check=False).stderr
 
 
@@ -187,7 +193,7 @@ def test_files_that_are_missing_or_wrong(tmp_path):
     assert "MASTER_ADDR: found nothing" in refusal("deepspeed", HOSTFILE=str(hosts))
     hosts.write_text("node0 slots=1\nnode1 slots=1\n")
     assert "expected pdsh or openmpi" in refusal("deepspeed", HOSTFILE=str(hosts), DS_LAUNCHER="carrier pigeon")
-    assert "merge runs on one process" in refusal("deepspeed", "merge", HOSTFILE=str(hosts))
+    assert "prune runs on one process" in refusal("deepspeed", "prune", HOSTFILE=str(hosts))
 
 
 def test_a_hostfile_becomes_deepspeeds_command(tmp_path):
