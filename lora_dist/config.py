@@ -239,7 +239,7 @@ class ParallelArgs:
     """DeepSpeed's JSON for a zero strategy (configs/ds has one of each); its "auto" values are filled in from these options."""
     offload_optimizer: Literal["auto", "none", "cpu", "nvme"] = "auto"
     """zero strategies: where optimizer state is kept; auto: what ds_config says, else none (with the parameters)."""
-    offload_param: Literal["auto", "none", "cpu", "nvme"] = "auto"
+    offload_param: Literal["auto", "none", "cpu"] = "auto"
     """zero3: where the shards of the base are kept; auto: what ds_config says, else none (on the device)."""
     nvme_path: str | None = None
     """Folder on a fast local disk for what is offloaded to nvme."""
@@ -262,11 +262,11 @@ class ParallelArgs:
                 f"parallel.offload_optimizer: found {self.offload_optimizer} with strategy {self.strategy}, "
                 "expected zero1, zero2 or zero3"
             )
-        if self.offload_param in ("cpu", "nvme") and (
+        if self.offload_param == "cpu" and (
             self.strategy not in ("auto", "zero3") or (self.strategy == "auto" and self.ds_config is None)
         ):
             yield f"parallel.offload_param: found {self.offload_param} with strategy {self.strategy}, expected zero3"
-        if "nvme" in (self.offload_optimizer, self.offload_param):
+        if self.offload_optimizer == "nvme":
             if self.strategy in ("zero1", "zero2"):
                 yield (
                     f"parallel.offload_optimizer: found nvme with strategy {self.strategy}, "

@@ -63,6 +63,11 @@ def plan_strategy(config: RunConfig, world: World) -> StrategyPlan:
             engine_config, _ = ds_config(config, world, plan, hidden_size=1)
             zero = engine_config["zero_optimization"]
             offload = {key: zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+            if offload["offload_param"] == "nvme":
+                problems.append(
+                    "parallel.offload_param: found nvme, expected none or cpu: the guard watches each process's part of the base, and does "
+                    "not read it back from disk (parallel.offload_optimizer can go to nvme)"
+                )
         except UserError as error:
             problems += error.problems
     problems += launch_problems(

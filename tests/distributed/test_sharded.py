@@ -20,6 +20,7 @@ from tests.tiny import KINDS, tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.distributed
 
 SMALL = str(Path(__file__).with_name("zero3_small.json"))
+NVME = str(Path(__file__).with_name("zero3_param_nvme.json"))
 SHARDED = {"fsdp2": {}, "zero3": {"parallel__ds_config": SMALL}}
 
 
@@ -259,7 +260,8 @@ def test_an_overflow_of_fp16_is_skipped_by_all(strategy, pair, arguments, tiny_b
         ({"parallel__strategy": "zero2", "parallel__ds_config": SMALL}, "zero3"),
         ({"parallel__strategy": "ddp", "parallel__hybrid_shard": "true"}, "parallel.hybrid_shard"),
         ({"parallel__strategy": "fsdp2", "parallel__hybrid_shard": "true"}, "parallel.hybrid_shard: found 2 processes with 2 on this machine"),
-        ({"parallel__strategy": "zero3", "parallel__offload_param": "nvme"}, "parallel.nvme_path"),
+        ({"parallel__strategy": "zero3", "parallel__offload_optimizer": "nvme"}, "parallel.nvme_path"),
+        ({"parallel__strategy": "zero3", "parallel__ds_config": NVME}, "parallel.offload_param: found nvme, expected none or cpu"),
     ],
 )  # fmt: skip
 def test_what_a_strategy_cannot_do(changes, complaint, pair, arguments, tiny_base, tmp_path):
