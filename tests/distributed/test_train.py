@@ -71,8 +71,15 @@ def test_how_a_batch_is_split_changes_nothing(runs_by_split, split):
     assert evaluations[0][-1] < evaluations[0][0]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_a_random_step_and_resumed_is_bit_identical(processes, tiny_base, tiny_text, tmp_path):
+KILLED = [
+    (1, "ddp"),
+    (2, "ddp"),
+    *(pytest.param(2, strategy, marks=pytest.mark.matrix) for strategy in ("fsdp2", "zero1", "zero2", "zero3")),
+]
+
+
+@pytest.mark.parametrize(("processes", "strategy"), KILLED)
+def test_killed_at_a_random_step_and_resumed_is_bit_identical(processes, strategy, tiny_base, tiny_text, tmp_path):
     seed = random.randrange(2**31)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -94,6 +101,7 @@ def test_killed_at_a_random_step_and_resumed_is_bit_identical(processes, tiny_ba
                 data__dataloader_num_workers=draw.choice([0, 1]),
                 logging_steps=2,
                 gradient_checkpointing=draw.choice([True, False]),
+                parallel__strategy=strategy,
             ),
         ]
 

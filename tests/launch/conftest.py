@@ -24,6 +24,7 @@ def config(tiny_base: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
             "cache_dir": str(folder / "cache"),
         },
         "adapter": {"lora_dropout": 0},
+        "parallel": {"strategy": "zero3"},  # the one with most to set up
         "train": {
             "max_steps": 6,
             "per_device_train_batch_size": 1,
@@ -41,6 +42,15 @@ def config(tiny_base: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
 def one_process(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of the same batches on one process."""
     out = tmp_path_factory.mktemp("one") / "out"
-    argv = ["--config", str(config), "--train.output_dir", str(out), "--train.per_device_train_batch_size", "2"]
+    argv = [
+        "--config",
+        str(config),
+        "--train.output_dir",
+        str(out),
+        "--train.per_device_train_batch_size",
+        "2",
+        "--strategy",
+        "ddp",
+    ]
     run(1, "train", *argv, env={"CUDA_VISIBLE_DEVICES": ""})
     return out

@@ -278,6 +278,7 @@ def test_all_launchers_train_to_the_same_figures(one_process, by_launcher):
     difference = largest_difference(one_process, by_launcher["torchrun"])
     print(f"two processes under torchrun: losses differ from one process's by {difference:.1e} relative at most")
     assert difference < 1e-5
+    assert all("Strategy zero3 on 2 processes" in (out / "train.log").read_text() for out in by_launcher.values())
     assert_identical(by_launcher["torchrun"], by_launcher["deepspeed"])
     assert_identical(by_launcher["torchrun"], by_launcher["accelerate"])
 
@@ -288,7 +289,15 @@ def test_two_agents_meet_at_one_address(one_process, config, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     own = {"NPROC": "1", "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [script_file("torchrun"), "--config", str(config), "--train.output_dir", str(tmp_path / "out")]
+    command = [
+        script_file("torchrun"),
+        "--config",
+        str(config),
+        "--train.output_dir",
+        str(tmp_path / "out"),
+        "--strategy",
+        "fsdp2",
+    ]
     run_together([(command, {**own, "NODE_RANK": rank}) for rank in "01"], tmp_path)
     assert largest_difference(one_process, tmp_path / "out") < 1e-5
 
