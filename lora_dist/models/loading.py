@@ -9,6 +9,7 @@ Called by `engine/`.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,15 +52,18 @@ class LoadedBase:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Turn transformers' own bars and warnings off; what users need to know is said by the caller."""
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    """Turn transformers' own bars and warnings off, and those of what it imports on the way (saving imports DeepSpeed, where it is
+    installed, which looks for a GPU); what users need to know is said by the caller."""
+    verbosity, bars, disabled = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled(), logging.root.manager.disable
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        logging.disable(disabled)
         hf_logging.set_verbosity(verbosity)
         if bars:
             hf_logging.enable_progress_bar()
