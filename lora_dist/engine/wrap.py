@@ -68,6 +68,10 @@ def plan_strategy(config: RunConfig, world: World) -> StrategyPlan:
                     "parallel.offload_param: found nvme, expected none or cpu: the guard watches each process's part of the base, and does "
                     "not read it back from disk (parallel.offload_optimizer can go to nvme)"
                 )
+            if not problems:
+                from lora_dist.parallel.zero import check_config
+
+                check_config(world, engine_config, args.ds_config or plan.name)
         except UserError as error:
             problems += error.problems
     problems += launch_problems(

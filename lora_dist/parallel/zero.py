@@ -10,6 +10,7 @@ state does not exist before a first step; the `step` counter inside torch's Adam
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lora_dist.blocks import Piece
+from lora_dist.log import UserError
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.strategy import AdamWArgs, Reader, Strategy, StrategyError, Update, check_optimizer_tensors, plain_name
@@ -44,6 +46,31 @@ def import_deepspeed(world: World) -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
     return deepspeed
+
+
+def check_config(world: World, config: dict[str, Any], name: str) -> None:
+    """Let DeepSpeed itself read a configuration, before anything is loaded.
+
+    Args:
+        name: where it is from, for the message.
+
+    Raises:
+        UserError: what DeepSpeed says of a key or value that it does not take.
+    """
+    deepspeed = import_deepspeed(world)
+    try:
+        deepspeed.DeepSpeedConfig(copy.deepcopy(config))
+    except (
+        ValueError,
+        AssertionError,
+        TypeError,
+        KeyError,
+        NotImplementedError,
+        deepspeed.runtime.config.DeepSpeedConfigError,
+    ) as error:
+        raise UserError(
+            f"parallel.ds_config: {name}: DeepSpeed does not take it ({' '.join(str(error).split())[:300]})"
+        ) from error
 
 
 def _without_pinning(config: dict[str, Any]) -> None:

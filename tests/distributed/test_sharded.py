@@ -271,6 +271,22 @@ def test_what_a_strategy_cannot_do(changes, complaint, pair, arguments, tiny_bas
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("zero", "word"),
+    [
+        ({"stage": 3, "stage3_parm_persistence_threshold": 0}, "stage3_parm"),
+        ({"stage": 2, "reduce_bucket_size": -1}, "reduce_bucket"),
+    ],
+)
+def test_what_deepspeed_itself_refuses_is_one_line(zero, word, pair, arguments, tiny_base, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps({"zero_optimization": zero}))
+    changes = {"parallel__strategy": "auto", "parallel__ds_config": str(tmp_path / "mine.json")}
+    done = pair.run(*arguments(tiny_base, tmp_path / "run", "auto", **changes), code=2)
+    assert done.ranks[0]["error"] == done.ranks[1]["error"]
+    assert "mine.json" in done.ranks[0]["error"] and word in done.ranks[0]["error"] and "\n" not in done.ranks[0]["error"]
+    assert "Model loaded" not in done.output
+
+
 def test_weights_that_are_no_safetensors_are_not_streamed(pair, arguments, tiny_base, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)
