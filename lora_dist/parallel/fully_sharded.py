@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from lora_dist.blocks import Piece
+from lora_dist.parallel.heap import return_freed_memory
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.strategy import AdamWArgs, Reader, StrategyError, TorchStrategy, all_reduce_sum, plain_name
@@ -70,6 +71,7 @@ class FullySharded(TorchStrategy):
     ):
         """Collective."""
         super().__init__(world, max_grad_norm=max_grad_norm, loss_scale=loss_scale)
+        return_freed_memory(world.device)
         self.model = self.module = model
         self.mesh = make_mesh(world, hybrid=hybrid)
         self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lora_dist.blocks import Piece
 from lora_dist.log import UserError
+from lora_dist.parallel.heap import return_freed_memory
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.strategy import AdamWArgs, Reader, Strategy, StrategyError, Update, check_optimizer_tensors, plain_name
@@ -80,6 +81,14 @@ def _without_pinning(config: dict[str, Any]) -> None:
             config["zero_optimization"][key]["pin_memory"] = False
 
 
+def _limit_gathered(zero: dict[str, Any], model: nn.Module) -> None:
+    """How much of the base may stay gathered, where the JSON does not say: about a decoder layer, fetched ahead, and nothing that was
+    used. By DeepSpeed's own limits, 1e9 parameters each, two processes hold all of a base of that size, beside their shards."""
+    hidden = getattr(getattr(model, "config", None), "hidden_size", 1024)
+    zero.setdefault("stage3_max_live_parameters", 12 * hidden * hidden)
+    zero.setdefault("stage3_max_reuse_distance", 0)
+
+
 class Zero(Strategy):
     """A model driven by DeepSpeed's engine.
 
@@ -112,6 +121,8 @@ class Zero(Strategy):
         if world.device.type == "cpu":
             _without_pinning(config)
         if stage == 3:
+            return_freed_memory(world.device)
+            _limit_gathered(config["zero_optimization"], model)
             self._partition(deepspeed, model, config, reader)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
