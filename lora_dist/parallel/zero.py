@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,16 +62,36 @@ def check_config(world: World, config: dict[str, Any], name: str) -> None:
         UserError: what DeepSpeed says of a key or value that it does not take.
     """
     deepspeed = import_deepspeed(world)
-    try:
+    with _refused(name):
         deepspeed.DeepSpeedConfig(copy.deepcopy(config))
-    except (
-        ValueError,
-        AssertionError,
-        TypeError,
-        KeyError,
-        NotImplementedError,
-        deepspeed.runtime.config.DeepSpeedConfigError,
-    ) as error:
+    if config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme":
+        _check_nvme(Path(config["zero_optimization"]["offload_optimizer"]["nvme_path"]))
+
+
+def _check_nvme(folder: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not folder.is_dir():
+        raise UserError(f"parallel.nvme_path: found no folder {folder}, expected one on a fast local disk")
+    if shutil.which("c++") is None or not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UserError(
+            "parallel.offload_optimizer: found nvme, but DeepSpeed cannot compile its file access here: install a C++ compiler and "
+            "libaio (Debian: apt-get install g++ libaio-dev)"
+        )
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """What DeepSpeed raises within the block is a user's mistake in the configuration called `name`."""
+    try:
+        yield
+    except (ValueError, AssertionError, TypeError, KeyError, NotImplementedError, ImportError) as error:
+        raise UserError(
+            f"parallel.ds_config: {name}: DeepSpeed does not take it ({' '.join(str(error).split())[:300]})"
+        ) from error
+    except Exception as error:
+        if type(error).__name__ != "DeepSpeedConfigError":
+            raise
         raise UserError(
             f"parallel.ds_config: {name}: DeepSpeed does not take it ({' '.join(str(error).split())[:300]})"
         ) from error
@@ -206,6 +229,8 @@ class Zero(Strategy):
         from deepspeed.utils import safe_set_full_fp32_param
 
         deepspeed = import_deepspeed(self.world)
+        if self.stage == 3:
+            self.engine.empty_partition_cache()  # an evaluation leaves behind what it fetched ahead for a backward pass; none came
         for name, parameter in self.trainable.items():
             full = tensors[name].to(self.world.device)
             safe_set_full_fp32_param(parameter, full)
