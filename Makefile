@@ -82,11 +82,11 @@ train: need-CONFIG $(STAMP)  ## train on one process (CONFIG=my.yaml)
 train-torchrun: need-CONFIG $(STAMP)  ## train on NPROC processes under torchrun
 	@$(LAUNCH)/torchrun.sh train --config '$(CONFIG)' $(ARGS)
 
-train-deepspeed: need-CONFIG $(STAMP)  ## train with DeepSpeed (ZERO=1, 2 or 3; OFFLOAD=cpu or nvme)
+train-deepspeed: need-CONFIG $(STAMP)  ## train with DeepSpeed (ZERO=1, 2 or 3; OFFLOAD=cpu, or nvme for ZERO=3)
 	@case '$(ZERO)' in 1|2|3) ;; *) echo "ZERO: found '$(ZERO)', expected 1, 2 or 3" >&2; exit 2 ;; esac
 	@case '$(OFFLOAD)' in ''|cpu|nvme) ;; *) echo "OFFLOAD: found '$(OFFLOAD)', expected cpu, nvme or nothing" >&2; exit 2 ;; esac
 	@$(LAUNCH)/deepspeed.sh train --config '$(CONFIG)' --parallel.strategy zero$(ZERO) \
-		$(if $(OFFLOAD),--parallel.offload_optimizer $(OFFLOAD) $(if $(filter 3,$(ZERO)),--parallel.offload_param $(OFFLOAD))) $(ARGS)
+		$(if $(OFFLOAD),--parallel.offload_optimizer $(OFFLOAD) $(if $(filter 3,$(ZERO)),--parallel.offload_param cpu)) $(ARGS)
 
 train-fsdp: need-CONFIG $(STAMP)  ## train with base, gradients and optimizer sharded by FSDP2
 	@$(LAUNCH)/torchrun.sh train --config '$(CONFIG)' --parallel.strategy fsdp2 $(ARGS)
@@ -101,7 +101,7 @@ eval: need-MODEL $(STAMP)  ## perplexity (MODEL=dir, ADAPTER=dir if there is one
 	@$(START) eval '$(MODEL)' $(if $(ADAPTER),--adapter '$(ADAPTER)') $(ARGS)
 
 merge: need-BASE need-ADAPTER need-OUT $(STAMP)  ## add an adapter to its base (BASE=dir ADAPTER=dir OUT=dir)
-	@$(BIN)/python -m lora_dist merge '$(BASE)' '$(ADAPTER)' '$(OUT)' $(ARGS)
+	@$(START) merge '$(BASE)' '$(ADAPTER)' '$(OUT)' $(ARGS)
 
 # One thread a process: two test processes on two cores; torch's own threads would only wait for each other.
 test: $(STAMP)  ## run all tests (ARGS='-m "not slow"' for the quick ones)

@@ -76,6 +76,8 @@ def parse(cls: type[C], argv: Sequence[str], verb: Verb) -> C:
     own_problems = getattr(config, "problems", lambda: ())()
     # A key that could not be read still has its default: what that default lacks is not a second problem.
     read_wrong = {line.split(":")[0] for line in problems}
+    if "config" in read_wrong:  # nor is what a file that could not be read would have said
+        own_problems = ()
     problems += [line for line in own_problems if not set(line.split(":")[0].split(", ")) & read_wrong]
     if problems:
         raise UserError(problems)

@@ -107,7 +107,7 @@ def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_siz
         betas=(train.adam_beta1, train.adam_beta2),
         eps=train.adam_epsilon,
         weight_decay=train.weight_decay,
-        warmup_steps=train.warmup_steps,
+        warmup_steps=train.warmup_steps if train.warmup_steps > 0 or train.warmup_ratio == 0 else -1,
         max_steps=train.max_steps,
         hidden_size=hidden_size,
     )

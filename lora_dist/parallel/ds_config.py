@@ -28,7 +28,7 @@ SCHEDULERS = ("WarmupLR", *DECAYING)
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the run's own options say, which the JSON may not contradict. Unknown: warmup_steps 0, max_steps -1."""
+    """What the run's own options say, which the JSON may not contradict. Unknown: warmup_steps -1, max_steps -1."""
 
     micro_batch: int
     accumulation: int
@@ -109,7 +109,8 @@ def zero_config(
         draft.problem(f'{key} is "auto", which lora-dist has no value for: set one, or take it out')
     if draft.problems:
         raise UserError(dict.fromkeys(draft.problems))  # both offloads may miss the same folder
-    draft.tree.setdefault("steps_per_print", SILENT)
+    if draft.tree.get("steps_per_print", AUTO) == AUTO:
+        draft.tree["steps_per_print"] = SILENT
     # lora-dist hands over torch's AdamW, which DeepSpeed would otherwise refuse to offload.
     draft.tree |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     return draft.tree, [] if ds_config is None else draft.notes()
@@ -332,7 +333,7 @@ def _settle_scheduler(draft: _Draft, facts: RunFacts) -> None:
             "warmup_min_lr": (0, "lora-dist warms up from 0"),
             "warmup_type": ("linear", "lora-dist warms up linearly"),
         }
-        if facts.warmup_steps > 0:
+        if facts.warmup_steps >= 0:
             known["warmup_num_steps"] = facts.warmup_steps, f"train.warmup_steps {facts.warmup_steps}"
         if facts.max_steps > 0 and kind in DECAYING:
             known["total_num_steps"] = facts.max_steps, f"train.max_steps {facts.max_steps}"

@@ -8,6 +8,7 @@ _PRECISION = "lora-dist computes in half precision its own way: take it out and 
 _DATA = "lora-dist orders and cuts the text itself: take it out"
 _BASE = "it rounds the frozen base, which lora-dist keeps as it is: take it out"
 _SPLIT = "lora-dist splits data, not layers or sequences: take it out"
+_CURVES = "lora-dist writes the curves: take it out, see tracker.report_to and metrics.jsonl"
 _NONE = "lora-dist has no such training: take it out"
 _ADAM = "it needs DeepSpeed's own Adam, and lora-dist trains with torch's: take it out"
 
@@ -40,6 +41,11 @@ REFUSED_SECTIONS = {
     "zero_optimization.mics_shard_size": "use parallel.strategy fsdp2 with parallel.hybrid_shard",
     "zero_optimization.mics_hierarchical_params_gather": "use parallel.strategy fsdp2 with parallel.hybrid_shard",
     "zero_optimization.zenflow": _ADAM,
+    "prescale_gradients": "lora-dist undoes DeepSpeed's plain mean of the gradients: take it out",
+    "tensorboard": _CURVES,
+    "wandb": _CURVES,
+    "comet": _CURVES,
+    "csv_monitor": _CURVES,
     "zero_optimization.offload_optimizer.super_offload": _ADAM,
 }
 
@@ -59,6 +65,8 @@ REFUSED_VALUES: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_types.grad_accum_dtype": (_FLOAT32, _KEPT_FLOAT32),
     "data_types.param_dtype": (_FLOAT32, _KEPT_FLOAT32),
     "data_types.buffer_dtype": (_FLOAT32, "lora-dist keeps the model's buffers as they are"),
+    "communication_data_type": (_FLOAT32, _KEPT_FLOAT32),
+    "gradient_predivide_factor": ((1.0,), "lora-dist undoes DeepSpeed's plain mean of the gradients"),
     "gradient_allreduce_op": (("mean",), "lora-dist undoes DeepSpeed's mean"),
     "managed_gradient_accumulation": ((True,), "lora-dist tells the engine which micro-batch is the last"),
     "zero_optimization.compute_grad_norm": ((True,), "lora-dist stops on a gradient norm that is not finite"),

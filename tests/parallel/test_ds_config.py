@@ -236,7 +236,7 @@ def test_a_schedule_that_is_the_runs_is_taken_and_left_out(tmp_path, kind):
 
 
 def test_steps_that_the_run_does_not_know_yet_are_not_compared(tmp_path):
-    unknown = dataclasses.replace(FACTS, warmup_steps=0, max_steps=-1)
+    unknown = dataclasses.replace(FACTS, warmup_steps=-1, max_steps=-1)
     section = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 7, "total_num_steps": 70}}
     complete(write(tmp_path, zero() | {"scheduler": section}), facts=unknown)
 
