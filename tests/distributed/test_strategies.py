@@ -126,8 +126,13 @@ def test_two_processes_train_what_one_does(name, groups, arguments, one_process,
     check_in_force(name, done.facts, alone.facts[0]["base_elements"], alone.facts[0]["trainable_elements"])
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("fsdp2", "bf16"), ("zero3", "bf16"), ("zero2", "fp16"),
+        *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in (("zero2", "bf16"), ("fsdp2", "fp16"), ("zero3", "fp16"))),
+    ],
+)  # fmt: skip
 def test_half_precision_means_the_same(name, precision, groups, arguments, tmp_path):
     """Rounding differs, and half precision enlarges it; but much less than half precision itself changes a run."""
     groups[2].run(*arguments(tmp_path / "full", "ddp", 2, max_steps=10))
@@ -230,7 +235,10 @@ def test_each_strategy_resumes_what_each_other_saved(groups, arguments, uninterr
     assert_joined(run_chain(groups, arguments, tmp_path / "run", chain), uninterrupted)
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in (*PLAIN, "zero3-offload-all") else pytest.param(n, marks=pytest.mark.matrix) for n in STRATEGIES],
+)
 def test_the_same_strategy_resumes_exactly(name, groups, arguments, tmp_path):
     """Two processes, stopped and resumed, against two processes that went on: bit for bit, with dropout."""
     shared = {"save_strategy": "steps", "save_steps": 3, "adapter__lora_dropout": 0.1}
