@@ -104,11 +104,12 @@ def _without_pinning(config: dict[str, Any]) -> None:
             config["zero_optimization"][key]["pin_memory"] = False
 
 
-def _limit_gathered(zero: dict[str, Any], model: nn.Module) -> None:
-    """How much of the base may stay gathered, where the JSON does not say: about a decoder layer, fetched ahead, and nothing that was
-    used. By DeepSpeed's own limits, 1e9 parameters each, two processes hold all of a base of that size, beside their shards."""
+def _limit_gathered(zero: dict[str, Any], model: nn.Module, device: torch.device) -> None:
+    """How much of the base may stay gathered, where the JSON does not say: nothing that was used, and about a decoder layer that is
+    fetched ahead; on CPUs, whose cores do the fetching, nothing. By DeepSpeed's own limits, 1e9 parameters each, a process holds all
+    of a base of that size beside its shards."""
     hidden = getattr(getattr(model, "config", None), "hidden_size", 1024)
-    zero.setdefault("stage3_max_live_parameters", 12 * hidden * hidden)
+    zero.setdefault("stage3_max_live_parameters", 0 if device.type == "cpu" else 12 * hidden * hidden)
     zero.setdefault("stage3_max_reuse_distance", 0)
 
 
@@ -145,7 +146,7 @@ class Zero(Strategy):
             _without_pinning(config)
         if stage == 3:
             return_freed_memory(world.device)
-            _limit_gathered(config["zero_optimization"], model)
+            _limit_gathered(config["zero_optimization"], model, world.device)
             self._partition(deepspeed, model, config, reader)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.AdamW(
