@@ -12,6 +12,12 @@ from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger("lora_dist")
 
+# Exit codes beside 0 (done), 1 (failed), 2 (bad input) and 130 (second Ctrl-C): docs/guide.md has the table.
+EXIT_STOPPED = 75
+"""Stopped before the end on a signal or a time limit: start again with `--resume auto`. EX_TEMPFAIL of sysexits.h."""
+EXIT_HUNG = 76
+"""A process made no progress for `health.hang_timeout_s`, and the watch ended the run."""
+
 
 class UserError(ValueError):
     """A problem the user can mend. `str(error)` is one line a problem.
