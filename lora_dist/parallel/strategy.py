@@ -7,6 +7,7 @@ process holds (or its shards of them). Methods marked "collective" must be calle
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -143,6 +144,21 @@ class Strategy(ABC):
     @abstractmethod
     def trainable_elements(self) -> int:
         """Elements whose optimizer state this process holds."""
+
+    def trainable_norms(self) -> dict[str, float]:
+        """Collective: 2-norm of every trainable parameter by name, of the copies that the forward pass uses; on every process.
+
+        Counted on each process's own pieces, without gathering anything: an independent check of what `trainable_tensors` gathered.
+        Elements that several processes hold are counted as often as they are held, which the count of elements takes out again.
+        """
+        pieces = {name: self.piece(p).tensor.detach() for name, p in self.trainable.items()}
+        squares = [float(piece.double().square().sum()) for piece in pieces.values()]  # waits for the device
+        totals = self.world.sum([*squares, *(float(piece.numel()) for piece in pieces.values())])
+        norms = {}
+        for name, square, held in zip(pieces, totals, totals[len(pieces) :], strict=False):
+            copies = held / self.shapes[name].numel()
+            norms[name] = math.sqrt(square / copies)
+        return norms
 
     def placement(self) -> Placement:
         """Counted on the wrapped model."""

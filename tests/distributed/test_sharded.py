@@ -138,6 +138,10 @@ def test_hybrid_sharding_cuts_inside_a_machine_and_copies_across(pair, arguments
     assert "Resuming from" in resumed.output
     a, b = losses(tmp_path / "plain"), losses(tmp_path / "hybrid")
     assert b == pytest.approx(a, rel=1e-5)
+    # What two machines hold twice counts once.
+    written = {name: float(tensor.double().norm()) for name, tensor in adapter(tmp_path / "hybrid").items()}
+    live = {name.replace(".default.", "."): norm for name, norm in resumed.facts[3]["norms"].items()}
+    assert live == pytest.approx(written, rel=1e-6, abs=0)
 
 
 # --- evaluation, generation, merging ---------------------------------------------------------------------------------------------

@@ -111,6 +111,15 @@ def check_in_force(name: str, facts: list[dict], total: int, trainable: int) -> 
         assert all(fact["whole_elements"] == 0 for fact in facts)
 
 
+def check_norms(facts: list[dict], saved: dict[str, torch.Tensor]) -> None:
+    """The norms that all processes count on their pieces are those of the tensors that were gathered and written."""
+    written = {name: float(tensor.double().norm()) for name, tensor in saved.items()}
+    for fact in facts:
+        live = {name.replace(".default.", "."): norm for name, norm in fact["norms"].items()}
+        assert live == pytest.approx(written, rel=1e-6, abs=0)
+    assert sum(norm > 0 for norm in written.values()) > 20
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_two_processes_train_what_one_does(name, groups, arguments, one_process, tmp_path):
     reference, alone = one_process
@@ -124,6 +133,7 @@ def test_two_processes_train_what_one_does(name, groups, arguments, one_process,
     assert difference < 1e-5
     assert a[STEPS] < a[1]
     check_in_force(name, done.facts, alone.facts[0]["base_elements"], alone.facts[0]["trainable_elements"])
+    check_norms(done.facts, adapter(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

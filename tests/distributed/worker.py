@@ -97,12 +97,16 @@ def tamper(parts: Parts, how: dict[str, Any]) -> None:
 
 
 def run_train(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
+    strategies = []
+
     def look(parts: Parts) -> None:
         answer["facts"] = wrapped_facts(parts)
+        strategies.append(parts.strategy)
         if job.get("tamper"):
             tamper(parts, job["tamper"])
 
     answer["code"] = train(parse(RunConfig, argv, TRAIN), world, look=look)
+    answer["facts"]["norms"] = strategies[0].trainable_norms()
 
 
 def run_eval(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
