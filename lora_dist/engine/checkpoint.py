@@ -6,14 +6,16 @@
       state.json             TrainState
       manifest.json          sha256 and size of every file, identity of base and pattern, versions; written last
 
-Written under a temporary name, every file flushed to disk, the manifest last, then one rename. Called by `engine/loop.py` on
-rank 0; knows no process group and no model class.
+Written under a temporary name, every file flushed to disk, the manifest last; read again from the disk and compared with what was to
+be saved; then one rename. Called on rank 0 by `engine/loop.py`, from a thread as well; knows no process group and no model class.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -21,16 +23,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora_dist.adapter import ADAPTER_FILE
 from lora_dist.log import UserError
 from lora_dist.models.export import flush
 from lora_dist.state import TrainState
 
 MANIFEST, STATE, OPTIMIZER, ADAPTER = "manifest.json", "state.json", "optimizer.safetensors", "adapter"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: no run_id
+NORM_TOLERANCE = 1e-6  # relative
 _NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING = ".saving-"
 
@@ -68,6 +73,11 @@ def _content_digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+def tensor_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """2-norm of each tensor, summed in float64. Waits for the device."""
+    return {name: float(torch.linalg.vector_norm(tensor.detach().double())) for name, tensor in tensors.items()}
+
+
 def save_checkpoint(
     run_dir: Path,
     *,
@@ -76,47 +86,119 @@ def save_checkpoint(
     state: TrainState,
     identity: Identity,
     versions: Mapping[str, str],
+    norms: Mapping[str, float],
+    run_id: str | None,
 ) -> Path:
-    """Publish `run_dir/checkpoint-{state.step}`.
+    """Publish `run_dir/checkpoint-{state.step}`. May run in a thread: touches nothing but its arguments and the folder.
 
     Args:
+        run_dir: exists.
         write_adapter: writes the adapter's files into the folder it is given.
+        norms: `tensor_norms` of the live adapter, by the names in its file (the keys of `adapter_tensors`); what was written has
+            exactly these tensors, of these norms to 1e-6.
+        state: changed by nobody meanwhile.
+        run_id: of `run.json`.
 
     Returns:
         The folder. A checkpoint of the same step is replaced only after the new one is whole.
 
     Raises:
-        UserError: the disk is full or cannot be written; what was there before is untouched.
+        UserError: the disk is full or cannot be written, or what is read back is not what was to be saved; what was there before
+            is untouched.
     """
     final = run_dir / f"checkpoint-{state.step}"
     staging = run_dir / f"{_STAGING}{final.name}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        staging.mkdir()
         write_adapter(staging / ADAPTER)
         save_file(dict(optimizer), str(staging / OPTIMIZER))
-        (staging / STATE).write_text(json.dumps(state.to_dict(), indent=1))
+        state_text = json.dumps(state.to_dict(), indent=1)
+        (staging / STATE).write_text(state_text)
         (staging / OPTIMIZER).chmod((staging / STATE).stat().st_mode)  # safetensors makes its files readable for their owner only
-        files = sorted(p for p in staging.rglob("*") if p.is_file())
+        files = _flush_files(staging)
         manifest = {
             "version": FORMAT_VERSION,
+            "run_id": run_id,
             "step": state.step,
             "base_fingerprint": identity.base_fingerprint,
             "pattern_digest": identity.pattern_digest,
             "versions": dict(versions),
-            "files": {str(p.relative_to(staging)): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in files},
+            "files": files,
         }
-        (staging / MANIFEST).write_text(json.dumps({**manifest, "sha256": _content_digest(manifest)}, indent=1))
-        for path in [*files, staging / MANIFEST, staging / ADAPTER, staging]:
-            flush(path)
+        manifest_text = json.dumps({**manifest, "sha256": _content_digest(manifest)}, indent=1)
+        (staging / MANIFEST).write_text(manifest_text)
+        flush(staging / MANIFEST)
+        flush(staging)
+        problem = _read_back(staging, files, {MANIFEST: manifest_text, STATE: state_text}, norms, optimizer)
+        if problem is not None:
+            raise UserError(
+                f"checkpoint: {final} was not written as it should be: {problem}; nothing was published, earlier checkpoints are "
+                "untouched: check the disk of train.output_dir"
+            )
         _replace(staging, final)
         flush(run_dir)
+    except UserError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
             f"checkpoint: {final} could not be written ({error}); earlier checkpoints are untouched: free space or set train.output_dir"
         ) from error
     return final
+
+
+def _flush_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Hash what was written, then flush every file and folder below `folder`, and let the system forget them, so that the next
+    reader gets what is on the disk. Returns sha256 and size by relative name."""
+    paths = sorted(folder.rglob("*"))
+    entries = {
+        str(path.relative_to(folder)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths if path.is_file()
+    }
+    for path in [*paths, folder]:
+        flush(path)
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with path.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return entries
+
+
+def _read_back(
+    staging: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    texts: Mapping[str, str],
+    norms: Mapping[str, float],
+    optimizer: Mapping[str, Tensor],
+) -> str | None:
+    """Read the staged files again; the first difference from what was to be saved, named, or None."""
+    for name, entry in files.items():
+        found = _sha256(staging / name)
+        if found != entry["sha256"]:
+            return f"{name} has sha256 {found[:12]} on the disk, expected {entry['sha256'][:12]}"
+    for name, text in texts.items():
+        if (staging / name).read_text() != text:
+            return f"{name} does not read as it was written"
+    adapter, moments = load_file(str(staging / ADAPTER / ADAPTER_FILE)), load_file(str(staging / OPTIMIZER))
+    for file, found_names, names in ((ADAPTER_FILE, set(adapter), set(norms)), (OPTIMIZER, set(moments), set(optimizer))):
+        if found_names != names:
+            odd = sorted(found_names ^ names)[0]
+            return f"{file} {'lacks' if odd in names else 'holds an unknown'} tensor {odd} ({len(found_names)} found, {len(names)} expected)"
+    for name, norm in tensor_norms(adapter).items():
+        if adapter[name].numel() == 0:
+            return f"{ADAPTER_FILE}: tensor {name} has shape {tuple(adapter[name].shape)}, expected elements"
+        if not math.isclose(norm, norms[name], rel_tol=NORM_TOLERANCE):  # not a number is close to nothing
+            return f"{ADAPTER_FILE}: tensor {name} has norm {norm:.9g}, expected {norms[name]:.9g} (the live adapter's)"
+    for name, tensor in moments.items():
+        if not _same_bits(tensor, optimizer[name]):
+            return f"{OPTIMIZER}: tensor {name} is not the one that was to be saved"
+    return None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.detach().cpu().reshape(-1).view(torch.uint8))
 
 
 def _replace(staging: Path, final: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from lora_dist.adapter import adapter_tensors, read_adapter_tensors, save_adapter
 from lora_dist.data.loader import StepBatch, eval_batches
-from lora_dist.engine.checkpoint import ADAPTER, list_checkpoints, retain, save_checkpoint
+from lora_dist.engine.checkpoint import ADAPTER, list_checkpoints, retain, save_checkpoint, tensor_norms
 from lora_dist.engine.folder import publish_files
 from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
@@ -236,13 +236,16 @@ class Loop:
 
         def publish() -> None:
             p.console.saving(p.output_dir / f"checkpoint-{state.step}")
+            tensors = adapter_tensors(p.model, trained)
             final = save_checkpoint(
                 p.output_dir,
-                write_adapter=lambda folder: save_adapter(p.model, folder, adapter_tensors(p.model, trained)),
+                write_adapter=lambda folder: save_adapter(p.model, folder, tensors),
                 optimizer=optimizer,
                 state=state,
                 identity=p.identity,
                 versions=p.versions,
+                norms=tensor_norms(tensors),
+                run_id=None,
             )
             retain(p.output_dir, self.train.save_total_limit, state.best_step)
             p.console.saved_files(final / ADAPTER / "adapter_config.json", final / ADAPTER / "adapter_model.safetensors")

@@ -8,21 +8,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lora_dist.engine import checkpoint as ck
 from lora_dist.log import UserError
 from lora_dist.state import TrainState
 
+ADAPTER = {"lora_A.weight": torch.arange(1.0, 9.0).reshape(2, 4), "lora_B.weight": torch.zeros(4, 2)}
+NORMS = ck.tensor_norms(ADAPTER)
+RUN_ID = "a" * 32
 IDENTITY = ck.Identity("f" * 64, "d" * 64)
 
 
 def write_adapter(folder: Path) -> None:
     folder.mkdir()
     (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(bytes(range(200)))
+    save_file(ADAPTER, str(folder / "adapter_model.safetensors"))
 
 
-def save(run: Path, step: int, **state) -> Path:
+def save(run: Path, step: int, *, write_adapter=write_adapter, norms=NORMS, **state) -> Path:
     return ck.save_checkpoint(
         run,
         write_adapter=write_adapter,
@@ -30,6 +34,8 @@ def save(run: Path, step: int, **state) -> Path:
         state=TrainState(step=step, cursor=step * 3, **state),
         identity=IDENTITY,
         versions={"torch": "x"},
+        norms=norms,
+        run_id=RUN_ID,
     )
 
 
@@ -82,9 +88,7 @@ def test_a_killed_save_leaves_nothing_that_looks_like_a_checkpoint(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ck.save_checkpoint(
-            tmp_path, write_adapter=killed, optimizer={}, state=TrainState(step=10), identity=IDENTITY, versions={}
-        )
+        save(tmp_path, 10, write_adapter=killed)
     assert [step for step, _ in ck.list_checkpoints(tmp_path)] == [5]
     ck.clear_staging(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
@@ -110,7 +114,7 @@ def test_a_disk_that_cannot_be_written_is_one_clear_line_and_keeps_what_was_ther
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left.*earlier checkpoints are untouched"):
-        ck.save_checkpoint(tmp_path, write_adapter=full, optimizer={}, state=TrainState(step=10), identity=IDENTITY, versions={})
+        save(tmp_path, 10, write_adapter=full)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
