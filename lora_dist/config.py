@@ -7,6 +7,7 @@ YAML < dotted command line) and by `engine/setup.py`, which hands plain values o
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,6 +25,15 @@ def _fraction(section: str, obj: object, *names: str) -> Iterator[str]:
         value = getattr(obj, name)
         if not 0 <= value < 1:
             yield f"{section}.{name}: found {value}, expected a number from 0 up to but not including 1"
+
+
+def seconds(text: str) -> float | None:
+    """A duration: seconds, MM:SS, HH:MM:SS or D-HH:MM:SS (as Slurm writes it); None if it is none, or not above 0."""
+    match = re.fullmatch(r"(?:(\d+)-(?=\d+:\d+:))?(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)", text.strip())
+    if match is None:
+        return None
+    days, hours, minutes, rest = (float(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest or None
 
 
 @dataclass
@@ -137,6 +147,8 @@ class TrainArgs:
     """Windows a process holds at once in evaluation."""
     gradient_accumulation_steps: int = 1
     """Micro-batches a process sums into one optimizer step."""
+    global_batch_size: int | None = None
+    """Windows in one optimizer step over all processes, whatever their number; gradient_accumulation_steps then follows from it."""
     dataloader_drop_last: bool = False
     """Leave out the incomplete step at the end of an epoch."""
     learning_rate: float = 1e-4
@@ -181,6 +193,12 @@ class TrainArgs:
     """Write a checkpoint every so many steps (save_strategy steps)."""
     save_total_limit: int | None = 3
     """Checkpoints kept, 2 or more; the newest and the best are never removed."""
+    max_failed_saves: int = 3
+    """Checkpoints that may fail in a row (full disk, ...) before the run stops; until then it goes on with the last good one."""
+    max_runtime: str | None = None
+    """Stop in time, with a checkpoint, before the process has run this long: seconds or [D-]HH:MM:SS. A Slurm job's own end counts too."""
+    stop_margin_s: float = 30.0
+    """How long before a time limit to stop, besides the time of the longest step and save so far."""
     load_best_model_at_end: bool = True
     """Go back to the best evaluated adapter after the last step."""
     metric_for_best_model: Literal["eval_loss", "perplexity"] = "eval_loss"
@@ -196,10 +214,12 @@ class TrainArgs:
         yield from _positive(
             "train", self, "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "learning_rate", "logging_steps", "eval_steps", "save_steps", "early_stopping_patience",
-            "adam_epsilon",
+            "adam_epsilon", "max_failed_saves", "global_batch_size",
         )  # fmt: skip
         yield from _fraction("train", self, "warmup_ratio", "adam_beta1", "adam_beta2")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "early_stopping_threshold"):
+        if self.max_runtime is not None and seconds(self.max_runtime) is None:
+            yield f"train.max_runtime: found {self.max_runtime}, expected seconds or [D-]HH:MM:SS, above 0"
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "early_stopping_threshold", "stop_margin_s"):
             if getattr(self, name) < 0:
                 yield f"train.{name}: found {getattr(self, name)}, expected 0 or more"
         if self.seed >= 2**63:

@@ -47,6 +47,15 @@ class TrainState:
     skipped_steps: int = 0
     """fp16 overflows"""
     tracker_run_id: str | None = None
+    evaluated_step: int = -1
+    """the last step that was evaluated: a run that was stopped between a step and its evaluation makes up for it"""
+    global_batch: int = 0
+    """windows an optimizer step takes over all processes; 0: written before this was kept"""
+    micro_batch: int = 0
+    """train.per_device_train_batch_size as configured, not as adapted to the number of processes"""
+    accumulation: int = 0
+    """train.gradient_accumulation_steps, likewise"""
+    processes: int = 0
     extra: dict[str, Any] = field(default_factory=dict)
     """room for later versions"""
 
@@ -67,5 +76,7 @@ class TrainState:
         known = {k: v for k, v in data.items() if k in names}
         unknown = {k: v for k, v in data.items() if k not in names}
         state = cls(**known)
+        if "evaluated_step" not in data:
+            state.evaluated_step = state.step  # written before runs could stop in between
         state.extra = {**state.extra, **unknown}
         return state

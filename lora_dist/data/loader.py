@@ -56,8 +56,8 @@ class StepLoader:
 
     Args:
         windows: the training windows, the same on every rank.
+        global_batch: samples an optimizer step takes over all ranks.
         micro_batch: rows a forward pass.
-        accumulation: micro-batches an optimizer step.
         rank, world: who this process is; of the batches of all ranks, each sample of an epoch is in exactly one.
         seed: decides order and dropout.
         drop_last: leave out the incomplete step at the end of an epoch.
@@ -72,8 +72,8 @@ class StepLoader:
         self,
         windows: Windows,
         *,
+        global_batch: int,
         micro_batch: int,
-        accumulation: int,
         rank: int,
         world: int,
         seed: int,
@@ -81,7 +81,8 @@ class StepLoader:
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
-        self.global_batch = micro_batch * accumulation * world
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.accumulation = -(-global_batch // (micro_batch * world))  # micro-batches of a whole step
         self.steps_per_epoch = steps_per_epoch(len(windows), self.global_batch, drop_last)
         self._windows = windows
         self._seed = seed
@@ -89,8 +90,8 @@ class StepLoader:
         self._pin = pin_memory and torch.cuda.is_available()
         self._split: dict[str, Any] = {
             "num_samples": len(windows),
+            "global_batch": global_batch,
             "micro_batch": micro_batch,
-            "accumulation": accumulation,
             "rank": rank,
             "world": world,
             "drop_last": drop_last,

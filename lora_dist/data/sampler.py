@@ -45,7 +45,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
 
 
 def steps_per_epoch(num_samples: int, global_batch: int, drop_last: bool = False) -> int:
-    """Optimizer steps from the start of an epoch to its end; `global_batch` is micro_batch * accumulation * world.
+    """Optimizer steps from the start of an epoch to its end; `global_batch` is the samples of a step over all ranks.
 
     Raises:
         UserError: if `drop_last` leaves no step at all.
@@ -72,19 +72,19 @@ class StepSlice:
 
 
 def step_at(
-    cursor: int, *, num_samples: int, micro_batch: int, accumulation: int, rank: int, world: int, drop_last: bool = False
+    cursor: int, *, num_samples: int, global_batch: int, micro_batch: int, rank: int, world: int, drop_last: bool = False
 ) -> StepSlice:
     """The step that starts at a cursor. A step never spans two epochs.
 
-    The samples of the step depend on (cursor, global batch); micro_batch, accumulation and world only say who takes which. Rows
-    are dealt round-robin over ranks, so the short step at the end of an epoch is spread evenly; on every rank it has
-    ceil(samples / (micro_batch * world)) micro-batches, completed with filler rows, so that collectives stay in step.
+    The samples of the step depend on (cursor, global batch); micro_batch and world only say who takes which. Rows are dealt
+    round-robin over ranks, so a step that makes no whole rounds (any, where the global batch does not, or the short one at the end
+    of an epoch) is spread evenly; on every rank it has ceil(samples / (micro_batch * world)) micro-batches, completed with filler
+    rows, so that collectives stay in step.
 
     Raises:
         UserError: if `drop_last` leaves no step at all.
     """
     assert cursor >= 0 and 0 <= rank < world
-    global_batch = micro_batch * accumulation * world
     epoch, offset = divmod(cursor, num_samples)
     if drop_last:
         _require_whole_step(num_samples, global_batch)
@@ -104,5 +104,5 @@ def _require_whole_step(num_samples: int, global_batch: int) -> None:
     if num_samples < global_batch:
         raise UserError(
             f"train.dataloader_drop_last: found {num_samples} samples, expected {global_batch} or more (one whole step): "
-            "set it to false, or lower train.per_device_train_batch_size or train.gradient_accumulation_steps"
+            "set it to false, or lower train.per_device_train_batch_size, train.gradient_accumulation_steps or train.global_batch_size"
         )

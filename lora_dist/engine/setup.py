@@ -23,6 +23,7 @@ from lora_dist.data.sources import TextSource
 from lora_dist.data.text import hold_out, load_windows
 from lora_dist.data.windows import Windows
 from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, require_finite
+from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
 from lora_dist.engine.folder import LOG, METRICS, check_folder, claim_folder
 from lora_dist.engine.pattern import FoundPattern, adapter_pattern
@@ -81,8 +82,9 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         )
     )
     output_dir = plan.folder
-    strategy_plan = plan_strategy(config, world)
     checkpoint = load_checkpoint(plan.checkpoint) if plan.checkpoint is not None else None
+    batch = _batch(config, world, checkpoint)
+    strategy_plan = plan_strategy(config, world, batch)
     opened = _base(config, world, console, strategy_plan)
     base, pattern = opened.base, _adapter_pattern(config, console, opened.found)
     identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
@@ -100,7 +102,7 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
     pieces = base_pieces(base.model, strategy.piece)
     require_finite(world, pieces)
     guard = make_guard(world, pieces, opened.found.pattern, opened.linears, sample_chunks=config.guard.sample_chunks)
-    loader = _loader(config, world, train_windows)
+    loader = _loader(config, world, batch, train_windows)
     train = config.train
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
     state = TrainState(seed=train.seed, num_samples=len(train_windows), data_digest=train_windows.digest)
@@ -110,12 +112,16 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     metrics = MetricsFile(output_dir / METRICS)
     locks: list[Any] = []  # of rank 0
+    train_batch = (batch.global_batch, train.per_device_train_batch_size, train.gradient_accumulation_steps, world.size)
+    state.global_batch, state.micro_batch, state.accumulation, state.processes = train_batch
     # Nothing was written before this line.
     world.on_main(lambda: locks.append(claim_folder(plan, dataclasses.asdict(config), console.note)))
     console.open_log(output_dir / LOG)
     world.on_main(lambda: metrics.drop_after(state.step if checkpoint is not None else -1))
     if checkpoint is not None:
         console.resumed(checkpoint.path, state.step, world.size)
+    for note in batch.notes:
+        console.note(note)
     return Parts(
         config=config,
         world=world,
@@ -192,11 +198,21 @@ def _strategy(
     return strategy
 
 
-def _loader(config: RunConfig, world: World, windows: Windows) -> StepLoader:
-    return StepLoader(
-        windows,
+def _batch(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> BatchPlan:
+    return plan_batch(
         micro_batch=config.train.per_device_train_batch_size,
         accumulation=config.train.gradient_accumulation_steps,
+        world=world.size,
+        wanted=config.train.global_batch_size,
+        before=checkpoint.state if checkpoint is not None else None,
+    )
+
+
+def _loader(config: RunConfig, world: World, batch: BatchPlan, windows: Windows) -> StepLoader:
+    return StepLoader(
+        windows,
+        global_batch=batch.global_batch,
+        micro_batch=batch.micro_batch,
         rank=world.rank,
         world=world.size,
         seed=config.train.seed,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_dist.config import RunConfig
 from lora_dist.engine.base import BaseAndPattern, shard_units
+from lora_dist.engine.batch import BatchPlan
 from lora_dist.log import UserError
 from lora_dist.models.loss import causal_loss_sum
 from lora_dist.parallel import AdamWArgs, LossScale, Replicated, Strategy, World, launch_problems
@@ -25,9 +26,10 @@ SHARDED_BASE = ("fsdp2", "zero3")
 
 @dataclass(frozen=True)
 class StrategyPlan:
-    """A strategy by name, found possible."""
+    """A strategy by name, found possible, and the batch that it trains on."""
 
     name: str
+    batch: BatchPlan
 
     @property
     def sharded_base(self) -> bool:
@@ -39,14 +41,14 @@ class StrategyPlan:
         return int(self.name[-1]) if self.name.startswith("zero") else None
 
 
-def plan_strategy(config: RunConfig, world: World) -> StrategyPlan:
+def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> StrategyPlan:
     """Which strategy is meant, or why it cannot be had here.
 
     Raises:
         UserError: all problems together, before anything is loaded.
     """
     args, train = config.parallel, config.train
-    plan = StrategyPlan(resolve_strategy(args.strategy, args.ds_config))
+    plan = StrategyPlan(resolve_strategy(args.strategy, args.ds_config), batch)
     problems: list[str] = []
     if args.hybrid_shard and (world.size % world.local_size or world.size == world.local_size):
         problems.append(
@@ -97,8 +99,11 @@ def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_siz
     args, train = config.parallel, config.train
     assert plan.stage is not None
     facts = RunFacts(
-        micro_batch=train.per_device_train_batch_size,
-        accumulation=train.gradient_accumulation_steps,
+        micro_batch=plan.batch.micro_batch,
+        accumulation=plan.batch.accumulation,
+        global_batch=plan.batch.global_batch,
+        batch_follows=plan.batch.follows,
+        configured_micro_batch=train.per_device_train_batch_size,
         world_size=world.size,
         max_grad_norm=train.max_grad_norm,
         bf16=train.bf16,

@@ -43,6 +43,12 @@ class RunFacts:
     warmup_steps: int
     max_steps: int
     hidden_size: int
+    global_batch: int | None = None
+    """windows in a step; None: micro_batch x accumulation x world_size"""
+    batch_follows: bool = False
+    """micro_batch and accumulation were adapted to the number of processes, so that a step keeps global_batch windows"""
+    configured_micro_batch: int | None = None
+    """before it was adapted; None: micro_batch"""
 
 
 def stage_of(ds_config: str | Path) -> int:
@@ -260,17 +266,35 @@ def _refuse(draft: _Draft) -> None:
 
 
 def _settle_batch(draft: _Draft, facts: RunFacts) -> None:
-    batch = facts.micro_batch * facts.accumulation * facts.world_size
-    micro = f"train.per_device_train_batch_size {facts.micro_batch}"
+    """Batch and clipping. What a file says of a batch that follows from the global batch is of another number of processes: an elastic
+    restart is not refused for it. Its train_batch_size then has to be the global batch, and its accumulation is replaced.
+    """
+    rows = facts.micro_batch * facts.accumulation * facts.world_size  # fillers included: DeepSpeed insists on the product
+    batch = facts.global_batch or rows
+    configured = facts.configured_micro_batch or facts.micro_batch
+    micro = f"train.per_device_train_batch_size {configured}"
     accumulation = f"train.gradient_accumulation_steps {facts.accumulation}"
-    for key, value, option in (
-        ("train_batch_size", batch, f"{micro} x {accumulation} x processes {facts.world_size} is {batch}"),
-        ("train_micro_batch_size_per_gpu", facts.micro_batch, micro),
-        ("gradient_accumulation_steps", facts.accumulation, accumulation),
-        ("gradient_clipping", facts.max_grad_norm, f"train.max_grad_norm {facts.max_grad_norm}"),
+    product = f"{micro} x {accumulation} x processes {facts.world_size} is {batch}"
+    draft.agree(
+        draft.tree.get("train_batch_size"),
+        "train_batch_size",
+        batch,
+        f"a step has {batch} windows" if facts.batch_follows else product,
+    )
+    draft.agree(draft.tree.get("train_micro_batch_size_per_gpu"), "train_micro_batch_size_per_gpu", configured, micro)
+    if not facts.batch_follows:
+        draft.agree(
+            draft.tree.get("gradient_accumulation_steps"), "gradient_accumulation_steps", facts.accumulation, accumulation
+        )
+    clipping = f"train.max_grad_norm {facts.max_grad_norm}"
+    draft.agree(draft.tree.get("gradient_clipping"), "gradient_clipping", facts.max_grad_norm, clipping)
+    for key, value in (
+        ("train_batch_size", rows),
+        ("train_micro_batch_size_per_gpu", facts.micro_batch),
+        ("gradient_accumulation_steps", facts.accumulation),
+        ("gradient_clipping", facts.max_grad_norm),  # DeepSpeed clips to 1.0 where it is told nothing
     ):
-        draft.agree(draft.tree.get(key), key, value, option)
-        draft.fill(draft.tree, key, key, value)  # clipping as well: DeepSpeed clips to 1.0 where it is told nothing
+        draft.fill(draft.tree, key, key, value)
 
 
 def _settle_precision(draft: _Draft, facts: RunFacts) -> None:

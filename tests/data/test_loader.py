@@ -24,7 +24,8 @@ REPO = Path(__file__).parents[2]
 
 def loader(windows: Windows, split: tuple[int, int, int] = (2, 2, 1), rank: int = 0, **options) -> StepLoader:
     micro_batch, accumulation, world = split
-    return StepLoader(windows, micro_batch=micro_batch, accumulation=accumulation, rank=rank, world=world, seed=5, **options)
+    shape = {"global_batch": micro_batch * accumulation * world, "micro_batch": micro_batch}
+    return StepLoader(windows, **{**shape, **options}, rank=rank, world=world, seed=5)
 
 
 def samples(batch: StepBatch) -> list[int]:
@@ -133,7 +134,7 @@ from lora_dist.data.windows import Windows
 
 signal.signal(signal.SIGTERM, lambda *_: print("main decides", flush=True))
 windows = Windows(np.zeros((64, 8), np.uint16))
-steps = StepLoader(windows, micro_batch=2, accumulation=1, rank=0, world=1, seed=0, num_workers=2).steps_from(0)
+steps = StepLoader(windows, global_batch=2, micro_batch=2, rank=0, world=1, seed=0, num_workers=2).steps_from(0)
 next(steps), next(steps)
 print(*(p.pid for p in multiprocessing.active_children()), flush=True)
 sys.stdin.readline()

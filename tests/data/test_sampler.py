@@ -11,14 +11,19 @@ from lora_dist.log import UserError
 SPLITS = [(4, 1, 1), (2, 2, 1), (1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]  # micro-batch, accumulation, world: always 4
 
 
-def slices(cursor: int, num_samples: int, split: tuple[int, int, int], drop_last: bool = False) -> list[StepSlice]:
+UNEVEN = [(3, 2, 1), (1, 2, 3), (2, 1, 3), (3, 1, 2), (1, 1, 4)]  # rounds that a global batch of 4 does not fill, or just fills
+
+
+def slices(
+    cursor: int, num_samples: int, split: tuple[int, int, int], drop_last: bool = False, global_batch: int | None = None
+) -> list[StepSlice]:
     micro_batch, accumulation, world = split
     return [
         step_at(
             cursor,
             num_samples=num_samples,
+            global_batch=global_batch or micro_batch * accumulation * world,
             micro_batch=micro_batch,
-            accumulation=accumulation,
             rank=rank,
             world=world,
             drop_last=drop_last,
@@ -31,11 +36,18 @@ def real(step: list[StepSlice]) -> list[int]:
     return sorted(p for s in step for row in s.positions for p in row if p is not None)
 
 
-def walk(cursor: int, num_samples: int, split: tuple[int, int, int], steps: int, drop_last: bool = False) -> list[tuple]:
+def walk(
+    cursor: int,
+    num_samples: int,
+    split: tuple[int, int, int],
+    steps: int,
+    drop_last: bool = False,
+    global_batch: int | None = None,
+) -> list[tuple]:
     """(cursor before, epoch, positions) of a number of steps."""
     seen = []
     for _ in range(steps):
-        step = slices(cursor, num_samples, split, drop_last)
+        step = slices(cursor, num_samples, split, drop_last, global_batch)
         seen.append((cursor, step[0].epoch, real(step)))
         cursor = step[0].cursor_after
     return seen
@@ -74,6 +86,21 @@ def test_steps_per_epoch(num: int, drop: bool, steps: int):
 @pytest.mark.parametrize("split", SPLITS)
 def test_samples_of_a_step_do_not_depend_on_the_split(split: tuple[int, int, int], drop_last: bool):
     assert walk(0, 11, split, 9, drop_last) == walk(0, 11, (4, 1, 1), 9, drop_last)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("split", UNEVEN)
+def test_a_global_batch_that_fills_no_whole_rounds_is_exact(split: tuple[int, int, int], drop_last: bool):
+    """The same samples in each step as on one process, no rank more than a row ahead within a round, fillers in the last one only."""
+    assert walk(0, 11, split, 9, drop_last, 4) == walk(0, 11, (4, 1, 1), 9, drop_last)
+    micro_batch, _, world = split
+    step = slices(0, 11, split, drop_last, 4)
+    assert all(s.samples_global == 4 and s.cursor_after == 4 for s in step)
+    assert all(len(s.positions) == -(-4 // (micro_batch * world)) for s in step)
+    filled = [p is not None for number in range(len(step[0].positions)) for s in step for p in s.positions[number]]
+    last_round = micro_batch * world
+    assert all(filled[:-last_round])
+    assert sum(filled) == 4
 
 
 def test_every_epoch_visits_every_sample_once():
