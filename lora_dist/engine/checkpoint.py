@@ -12,11 +12,9 @@ be saved; then one rename. Called on rank 0 by `engine/loop.py`, from a thread a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,15 +27,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dist.adapter import ADAPTER_FILE
-from lora_dist.log import UserError
+from lora_dist.engine.manifest import (
+    ADAPTER,
+    CHECKPOINT_NAME,
+    FORMAT_VERSION,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    content_digest,
+    read_manifest,
+    sha256,
+    verify,
+)  # fmt: skip
+from lora_dist.log import UserError, logger
 from lora_dist.models.export import flush
 from lora_dist.state import TrainState
 
-MANIFEST, STATE, OPTIMIZER, ADAPTER = "manifest.json", "state.json", "optimizer.safetensors", "adapter"
-FORMAT_VERSION = 2  # 1: no run_id
+__all__ = [
+    "ADAPTER", "MANIFEST", "Checkpoint", "Identity", "clear_staging", "find_checkpoint", "list_checkpoints", "load_checkpoint",
+    "named_checkpoints", "put_back", "retain", "run_id_of", "save_checkpoint", "tensor_norms", "verify",
+]  # fmt: skip
+
 NORM_TOLERANCE = 1e-6  # relative
-_NAME = re.compile(r"checkpoint-(\d+)")
 _STAGING = ".saving-"
+_SET_ASIDE = f"{_STAGING}old-"
 
 
 @dataclass(frozen=True)
@@ -61,16 +74,6 @@ class Checkpoint:
     @property
     def adapter(self) -> Path:
         return self.path / ADAPTER
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _content_digest(manifest: Mapping[str, Any]) -> str:
-    """sha256 over the manifest's own content, so that a flipped bit in it is not blamed on another file."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_norms(tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -126,7 +129,7 @@ def save_checkpoint(
             "versions": dict(versions),
             "files": files,
         }
-        manifest_text = json.dumps({**manifest, "sha256": _content_digest(manifest)}, indent=1)
+        manifest_text = json.dumps({**manifest, "sha256": content_digest(manifest)}, indent=1)
         (staging / MANIFEST).write_text(manifest_text)
         flush(staging / MANIFEST)
         flush(staging)
@@ -154,7 +157,7 @@ def _flush_files(folder: Path) -> dict[str, dict[str, Any]]:
     reader gets what is on the disk. Returns sha256 and size by relative name."""
     paths = sorted(folder.rglob("*"))
     entries = {
-        str(path.relative_to(folder)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths if path.is_file()
+        str(path.relative_to(folder)): {"sha256": sha256(path), "bytes": path.stat().st_size} for path in paths if path.is_file()
     }
     for path in [*paths, folder]:
         flush(path)
@@ -173,7 +176,7 @@ def _read_back(
 ) -> str | None:
     """Read the staged files again; the first difference from what was to be saved, named, or None."""
     for name, entry in files.items():
-        found = _sha256(staging / name)
+        found = sha256(staging / name)
         if found != entry["sha256"]:
             return f"{name} has sha256 {found[:12]} on the disk, expected {entry['sha256'][:12]}"
     for name, text in texts.items():
@@ -202,58 +205,48 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _replace(staging: Path, final: Path) -> None:
-    """Rename `staging` to `final`; an older folder of that name goes only after the new one stands."""
-    if not final.exists():
+    """Rename `staging` to `final`; an older thing of that name goes only after the new one stands."""
+    if not os.path.lexists(final):
         staging.rename(final)
         return
-    old = final.with_name(f"{_STAGING}old-{final.name}")
-    shutil.rmtree(old, ignore_errors=True)
+    old = final.with_name(f"{_SET_ASIDE}{final.name}")
+    _remove(old)
     final.rename(old)
     staging.rename(final)
-    shutil.rmtree(old)
+    flush(final.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is: a folder and all in it, a file, a link (not what it points to), nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def named_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, path) of everything that has a checkpoint's name, oldest first: also files and links that lead nowhere."""
+    names = ((CHECKPOINT_NAME.fullmatch(path.name), path) for path in run_dir.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in names if match)
 
 
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of everything named like a checkpoint, oldest first, verified or not."""
-    found = []
-    for path in run_dir.glob("checkpoint-*"):
-        match = _NAME.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), path))
-    return sorted(found)
+    """(step, folder) of every folder named like a checkpoint, oldest first, verified or not."""
+    return [(step, path) for step, path in named_checkpoints(run_dir) if path.is_dir()]
 
 
-def verify(path: Path) -> str | None:
-    """Why this checkpoint cannot be used, naming the file; None if every file is what its manifest says."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        version, files = manifest["version"], manifest["files"]
-        if version > FORMAT_VERSION:
-            return f"{MANIFEST} has version {version}, this lora_dist reads up to {FORMAT_VERSION}"
-        if manifest.pop("sha256") != _content_digest(manifest):
-            return f"{MANIFEST} does not have the sha256 that it states"
-        for name, entry in files.items():
-            file = path / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes, expected {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
-                return f"{name} does not have the sha256 of the manifest"
-        unlisted = {STATE, OPTIMIZER} - set(files)
-        if unlisted:
-            return f"{MANIFEST} does not list {sorted(unlisted)[0]}"
-    except OSError as error:
-        return f"{MANIFEST} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} is damaged ({type(error).__name__}: {error})"
-    return None
+def run_id_of(path: Path) -> str | None:
+    """The run that a checkpoint names as its own; None if it verifies not, or is of format 1."""
+    if verify(path) is not None:
+        return None
+    return read_manifest(path).get("run_id")
 
 
-def find_checkpoint(run_dir: Path, on_skip: Callable[[Path, str], None]) -> Path | None:
-    """The newest checkpoint that verifies; `on_skip` hears of each newer one and why it is skipped."""
-    for _, path in reversed(list_checkpoints(run_dir)):
-        reason = verify(path)
+def find_checkpoint(run_dir: Path, on_skip: Callable[[Path, str], None], *, run_id: str | None = None) -> Path | None:
+    """The newest checkpoint (of this run) that verifies; `on_skip` hears of each newer one and why it is skipped."""
+    for _, path in reversed(named_checkpoints(run_dir)):
+        reason = verify(path, run_id=run_id)
         if reason is None:
             return path
         on_skip(path, reason)
@@ -271,13 +264,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
     reason = verify(path)
     if reason is not None:
         raise UserError(f"train.resume_from_checkpoint: {path} is not whole: {reason}; take an earlier one, or auto")
-    manifest = json.loads((path / MANIFEST).read_text())
+    manifest = read_manifest(path)
     try:
         state = TrainState.from_dict(json.loads((path / STATE).read_text()))
-    except ValueError as error:
+        optimizer = load_file(str(path / OPTIMIZER))
+    except (ValueError, TypeError, SafetensorError) as error:
         raise UserError(f"train.resume_from_checkpoint: {path}: {error}") from error
-    identity = Identity(manifest["base_fingerprint"], manifest["pattern_digest"])
-    return Checkpoint(path, state, load_file(str(path / OPTIMIZER)), identity)
+    return Checkpoint(path, state, optimizer, Identity(manifest["base_fingerprint"], manifest["pattern_digest"]))
 
 
 def retain(run_dir: Path, limit: int | None, best_step: int) -> list[Path]:
@@ -294,18 +287,31 @@ def retain(run_dir: Path, limit: int | None, best_step: int) -> list[Path]:
             break
         keep.add(step)
     removed = [path for step, path in found if step not in keep]
-    for path in removed:
-        doomed = path.with_name(f"{_STAGING}removing-{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+    try:
+        for path in removed:
+            doomed = path.with_name(f"{_STAGING}removing-{path.name}")
+            _remove(doomed)
+            path.rename(doomed)
+            flush(run_dir)
+            _remove(doomed)
+    except OSError as error:  # the new checkpoint stands: nothing is lost by an old one more
+        logger.warning("checkpoint: %s could not be removed (%s); train.save_total_limit is exceeded", path, error)
     return removed
+
+
+def put_back(run_dir: Path) -> list[Path]:
+    """Checkpoints that a killed save had renamed to replace them get their names back, unless the new one stands."""
+    found = []
+    for path in sorted(run_dir.glob(f"{_SET_ASIDE}*")):
+        target = run_dir / path.name.removeprefix(_SET_ASIDE)
+        if not os.path.lexists(target):
+            path.rename(target)
+            found.append(target)
+    return found
 
 
 def clear_staging(run_dir: Path) -> None:
     """Remove what a killed save or removal left behind. An older checkpoint set aside by an unfinished replace is put back."""
+    put_back(run_dir)
     for path in run_dir.glob(f"{_STAGING}*"):
-        set_aside = path.name.removeprefix(f"{_STAGING}old-")
-        if set_aside != path.name and not (run_dir / set_aside).exists():
-            path.rename(run_dir / set_aside)
-        else:
-            shutil.rmtree(path)
+        _remove(path)
