@@ -17,6 +17,7 @@ VERB = Verb(
     aliases={
         "resume": "train.resume_from_checkpoint",
         "output_dir": "train.output_dir",
+        "max_runtime": "train.max_runtime",
         "strategy": "parallel.strategy",
         "ds_config": "parallel.ds_config",
         "deepspeed": "parallel.ds_config",

@@ -1,7 +1,7 @@
 """The order of events of a run: evaluate the pruned model, step, log, check, evaluate, save, and finish with the best adapter.
 
 Calls injected parts; does no tensor arithmetic. Every decision follows from `TrainState` and the configuration, so a resumed run
-takes the same ones.
+takes the same ones. A run may be asked to stop (`engine/stop.py`): it does so before a step or within an evaluation, after a save.
 """
 
 from __future__ import annotations
@@ -13,29 +13,44 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lora_dist.adapter import adapter_tensors, read_adapter_tensors, save_adapter
 from lora_dist.data.loader import StepBatch, eval_batches
-from lora_dist.engine.checkpoint import ADAPTER, list_checkpoints, retain, save_checkpoint, tensor_norms
+from lora_dist.engine.checkpoint import ADAPTER
 from lora_dist.engine.folder import publish_files
+from lora_dist.engine.saver import Saver
 from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import StepResult
+from lora_dist.engine.stop import Stop, Stopped, first_reason
 from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
 from lora_dist.log import UserError
 
 EXPECT_AFTER_STEPS = 5
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended, on every process."""
+
+    final: EvalResult | None
+    """the final evaluation, if there was one"""
+    stopped: str | None
+    """why it ended before the end, one of `stop.REASONS`"""
+
+
 class Loop:
     """One run over its parts. `run()` once."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, stop: Stop | None = None):
         self.parts = parts
         self.state = parts.state
+        self.stop = stop or Stop()
+        self.saver = Saver(parts, self._record)
         self.train = parts.config.train
         self._started_s = time.perf_counter()
         self._time_before_s = parts.state.train_time_s
@@ -46,52 +61,100 @@ class Loop:
 
     # The whole run
 
-    def run(self) -> EvalResult | None:
-        """Train to the end and write the final adapter. Collective throughout. Returns the final evaluation, if there is one."""
+    def run(self) -> Ended:
+        """Train to the end and write the final adapter, or stop early with a checkpoint. Collective throughout."""
         p, train = self.parts, self.train
         p.console.training_starts(
             examples=len(p.train_windows),
             epochs=train.num_train_epochs if train.max_steps <= 0 else p.total_steps / p.loader.steps_per_epoch,
-            micro_batch=train.per_device_train_batch_size,
+            micro_batch=p.loader.micro_batch,
             total_batch=p.loader.global_batch,
-            accumulation=train.gradient_accumulation_steps,
+            accumulation=p.loader.accumulation,
             steps=p.total_steps,
             trainable=sum(shape.numel() for shape in p.strategy.shapes.values()),
         )
-        if train.eval_on_start and p.eval_windows is not None and self.state.first_eval_loss is None:
-            self._evaluate()
-        self._train()
-        self._checked_everywhere("at the end", whole=True)
-        if train.save_strategy != "no" and not self._saved(self.state.step):
-            self._save()
-        p.console.training_done(self._elapsed_s())
-        best = self._load_best()
-        final = self._final_evaluation() if p.eval_windows is not None else None
-        self._finish(final, best)
-        return final
+        self.stop.training_starts()
+        try:
+            if train.eval_on_start and p.eval_windows is not None and self.state.first_eval_loss is None:
+                self._evaluate()
+            self._train()
+            self._checked_everywhere("at the end", whole=True)
+            if train.save_strategy != "no":
+                self.saver.surely()
+            p.console.training_done(self._elapsed_s())
+            best = self._load_best()
+            final = self._final_evaluation() if p.eval_windows is not None else None
+            self._finish(final, best)
+            return Ended(final, None)
+        except Stopped as stopped:
+            self._stop(stopped.reason)
+            return Ended(None, stopped.reason)
+        finally:
+            self.saver.close()
 
     def _train(self) -> None:
         p, state = self.parts, self.state
+        if state.evaluated_step != state.step and state.step > 0:
+            self._evaluate_and_save(again=True)  # the attempt before was stopped just before it
         if state.step >= p.total_steps or self._out_of_patience():
             return
         p.strategy.module.train()
         for batch in p.loader.steps_from(state.cursor):
-            result = self._step(batch)
-            self._log(result)
+            total_tokens = self._agree_to_go_on(batch)
+            self._log(self._step(batch, total_tokens))
             if state.step % p.config.guard.every == 0:
                 self._checked_everywhere(f"at step {state.step}")
-            epoch_ends = batch.cursor_after % len(p.train_windows) == 0
-            improved = self._evaluation_due(epoch_ends) and self._evaluate()
-            if improved or self._due(self.train.save_strategy, self.train.save_steps, epoch_ends):
-                if self.train.save_strategy != "no":
-                    self._save()
+            self._evaluate_and_save()
             if state.step >= p.total_steps or self._out_of_patience():
                 return
 
-    def _step(self, batch: StepBatch) -> StepResult:
+    def _agree_to_go_on(self, batch: StepBatch) -> float:
+        """Collective, before every step: hear of saves that have ended, and of requests to stop. Returns the step's label tokens over
+        all processes, which are summed in any case.
+
+        Raises:
+            Stopped: on every process, if any of them was asked.
+        """
+        tokens, news, *asked = self.parts.world.sum(
+            [float(batch.label_tokens), float(self.saver.news), *self.stop.flags(self._needed_s())]
+        )
+        if news:
+            self.saver.absorb()
+        reason = first_reason(asked)
+        if reason is not None:
+            raise Stopped(reason)
+        return tokens
+
+    def _evaluate_and_save(self, *, again: bool = False) -> None:
+        """What is due after the step that was taken last. `again`: its checkpoint was written without."""
+        state = self.state
+        epoch_ends = state.cursor % len(self.parts.train_windows) == 0
+        improved = self._evaluation_due(epoch_ends) and self._evaluate()
+        state.evaluated_step = state.step
+        due = improved or again or self._due(self.train.save_strategy, self.train.save_steps, epoch_ends)
+        if due and self.train.save_strategy != "no":
+            self._save()
+
+    def _stop(self, reason: str) -> None:
+        """Collective: save what has been trained, unless it is saved, and say how to go on."""
+        p, step = self.parts, self.state.step
+        where = f"stopped at step {step} of {p.total_steps} ({reason})"
+        if step == 0:
+            p.console.note(f"{where}: nothing was trained yet")
+        elif self.train.save_strategy == "no":
+            p.console.warning(f"{where}: nothing was saved, since train.save_strategy is no")
+        else:
+            try:
+                self._checked_everywhere(f"before saving at step {step}")
+                self.saver.surely()
+                p.console.note(f"{where}, checkpoint-{step} is whole: go on with --resume auto")
+            except UserError as error:
+                p.console.warning(f"{where}, but it could not be saved ({error}): --resume auto goes on from the last checkpoint")
+
+    def _step(self, batch: StepBatch, total_tokens: float) -> StepResult:
         p, state = self.parts, self.state
         rate = self._rate(state.step)
-        result = p.stepper.run(batch.micro_batches, batch.label_tokens, rate=rate, step=state.step + 1)
+        result = p.stepper.run(batch.micro_batches, total_tokens, rate=rate, step=state.step + 1)
         state.step += 1
         state.cursor = batch.cursor_after
         state.tokens += result.label_tokens
@@ -176,8 +239,15 @@ class Loop:
         batch_size = train.per_device_eval_batch_size
         bar = p.console.bar(math.ceil(len(p.eval_windows) / (batch_size * p.world.size)), "Evaluating")
         batches = eval_batches(p.eval_windows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
-        result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_windows), on_batch=bar.update)
-        bar.close()
+
+        def on_batch() -> None:
+            bar.update()
+            self._stop_if_asked()
+
+        try:
+            result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_windows), on_batch=on_batch)
+        finally:
+            bar.close()
         self._eval_times_s.append(result.runtime_s)
         return result
 
@@ -224,35 +294,24 @@ class Loop:
         self._record("guard", {"check_time_s": time.perf_counter() - start, "whole_base": whole})
         self.parts.world.agree(problem)
 
-    def _saved(self, step: int) -> bool:
-        return bool(self.parts.world.on_main(lambda: any(n == step for n, _ in list_checkpoints(self.parts.output_dir))))
-
     def _save(self) -> None:
-        """Collective: guard, gather, publish on rank 0, retire old ones."""
-        p, state = self.parts, self.state
-        self._checked_everywhere(f"before saving at step {state.step}")
-        start = time.perf_counter()
-        trained, optimizer = p.strategy.trainable_tensors(), p.strategy.optimizer_tensors()
+        """Collective: guard, snapshot; a thread does the rest."""
+        self._checked_everywhere(f"before saving at step {self.state.step}")
+        self.saver.start()
 
-        def publish() -> None:
-            p.console.saving(p.output_dir / f"checkpoint-{state.step}")
-            tensors = adapter_tensors(p.model, trained)
-            final = save_checkpoint(
-                p.output_dir,
-                write_adapter=lambda folder: save_adapter(p.model, folder, tensors),
-                optimizer=optimizer,
-                state=state,
-                identity=p.identity,
-                versions=p.versions,
-                norms=tensor_norms(tensors),
-                run_id=None,
-            )
-            retain(p.output_dir, self.train.save_total_limit, state.best_step)
-            p.console.saved_files(final / ADAPTER / "adapter_config.json", final / ADAPTER / "adapter_model.safetensors")
-            p.console.checkpoint_saved(state.step)
+    def _stop_if_asked(self) -> None:
+        """Collective.
 
-        p.world.on_main(publish)
-        self._record("save", {"save_time_s": time.perf_counter() - start})
+        Raises:
+            Stopped: on every process, if any of them was asked.
+        """
+        reason = first_reason(self.parts.world.sum(self.stop.flags(self._needed_s())))
+        if reason is not None:
+            raise Stopped(reason)
+
+    def _needed_s(self) -> float:
+        """How long the next step and a save took at most, so far."""
+        return max(self._step_times_s, default=0.0) + self.saver.longest_save_s
 
     def _load_best(self) -> str | None:
         """Go back to the best evaluated adapter; the name of its checkpoint, where there is one."""

@@ -44,15 +44,14 @@ class Stepper:
     def __init__(self, strategy: Strategy, world: World):
         self.strategy, self.world = strategy, world
 
-    def run(self, micro_batches: Sequence[MicroBatch], label_tokens: int, *, rate: float, step: int) -> StepResult:
-        """Collective. `label_tokens` is this rank's count; `step` is the number of this step, from 1, for messages.
+    def run(self, micro_batches: Sequence[MicroBatch], total_tokens: float, *, rate: float, step: int) -> StepResult:
+        """Collective. `total_tokens`: label tokens of all ranks; `step`: the number of this step, from 1, for messages.
 
         Raises:
             NonFiniteError: on every process, naming step and parameter.
         """
         start = time.perf_counter()
         self.strategy.zero_grad()
-        total_tokens = self.world.sum([float(label_tokens)])[0]
         if total_tokens == 0:
             raise NonFiniteError(f"step {step}: found no label token in the whole step, expected text")
         loss_sum = self._backward(micro_batches, total_tokens)

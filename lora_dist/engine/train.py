@@ -1,6 +1,7 @@
 """A whole training run in a process that has joined the others: build, loop, and a tidy end whatever happens.
 
-Out of memory ends in advice in terms of this run's options; everything else keeps its own error. Called by `cli/train.py`.
+Out of memory ends in advice in terms of this run's options, a lost process in one line; everything else keeps its own error. Called by
+`cli/train.py`.
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+import psutil
 import torch
 
-from lora_dist.config import RunConfig
+from lora_dist.config import RunConfig, seconds
 from lora_dist.engine.loop import Loop, peak_memory_gib
 from lora_dist.engine.setup import Parts, build
+from lora_dist.engine.stop import Stop
+from lora_dist.log import EXIT_STOPPED
 from lora_dist.monitor.advice import out_of_memory
 from lora_dist.monitor.console import Console
-from lora_dist.parallel import World
+from lora_dist.parallel import World, launcher_restarts, lost_process
 
 
 def train(config: RunConfig, world: World, *, look: Callable[[Parts], None] = lambda parts: None) -> int:
@@ -29,34 +33,63 @@ def train(config: RunConfig, world: World, *, look: Callable[[Parts], None] = la
     """
     console = Console(enabled=world.is_main)
     where, parts, code = "while loading", None, 1
+    stop = Stop(deadline=_deadline(config), margin_s=config.train.stop_margin_s, exit_code=_exit_code)
+    stop.install()
     try:
         parts = build(config, world, console)
         look(parts)
         where = "while training"
-        Loop(parts).run()
-        code = 0
-        return 0
+        ended = Loop(parts, stop).run()
+        code = 0 if ended.stopped is None else _exit_code(ended.stopped)
+        return code
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if _is_out_of_memory(error):
+            _advise_on_memory(config, world, console, where)
+        elif lost_process(error):
+            step = "" if parts is None else f" at step {parts.state.step}"
+            text = f"rank {world.rank}: lost another process{step} ({_first_line(error)}); go on with --resume auto"
+            console.log_only(text)
+            print(f"lora-dist train: {text}", file=sys.stderr, flush=True)
+        else:
             raise
-        advice = out_of_memory(
-            block_size=config.data.block_size,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-            micro_batch=config.train.per_device_train_batch_size,
-            accumulation=config.train.gradient_accumulation_steps,
-            rank=config.adapter.r,
-            where=where,
-            peak_gib=peak_memory_gib(torch.device(world.device)),
-        )
-        console.log_only(advice)
-        print(advice if world.is_main else f"rank {world.rank}: {advice}", file=sys.stderr, flush=True)
         return 1
     finally:
+        stop.close()
         if parts is not None and parts.tracker is not None:
             parts.tracker.finish(code)
         if parts is not None and parts.lock is not None:
             parts.lock.close()
         console.close()
+
+
+def _deadline(config: RunConfig) -> float | None:
+    """When the run has to have ended, seconds since the epoch: `train.max_runtime` after this process started."""
+    limit_s = seconds(config.train.max_runtime) if config.train.max_runtime is not None else None
+    return None if limit_s is None else psutil.Process().create_time() + limit_s
+
+
+def _exit_code(reason: str) -> int:
+    """75, so that whoever started the run starts it again. A launcher that starts failed workers again by itself must not do so at a time
+    limit or a request to end: for it the run ends well. SIGTERM says that this machine goes away; the others are to go on."""
+    return 0 if reason != "SIGTERM" and launcher_restarts() else EXIT_STOPPED
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _advise_on_memory(config: RunConfig, world: World, console: Console, where: str) -> None:
+    advice = out_of_memory(
+        block_size=config.data.block_size,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        micro_batch=config.train.per_device_train_batch_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        rank=config.adapter.r,
+        where=where,
+        peak_gib=peak_memory_gib(torch.device(world.device)),
+    )
+    console.log_only(advice)
+    print(advice if world.is_main else f"rank {world.rank}: {advice}", file=sys.stderr, flush=True)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

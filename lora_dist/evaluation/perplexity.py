@@ -49,7 +49,7 @@ def evaluate_loss(
     Args:
         batches: this rank's (input ids, labels), the same number on every rank (filler rows have labels of -100 only).
         samples: rows over all ranks, for the report.
-        on_batch: called after each batch (progress).
+        on_batch: called after each batch (progress); what it raises ends the evaluation.
 
     Collective at its end. The model's train/eval mode is restored.
 
@@ -60,14 +60,16 @@ def evaluate_loss(
     model.eval()
     start, steps, label_tokens = time.perf_counter(), 0, 0
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
-    for input_ids_BL, labels_BL in batches:
-        label_tokens += int((labels_BL[:, 1:] != IGNORE).sum())
-        loss_sum += causal_loss_sum(model, input_ids_BL.to(world.device), labels_BL.to(world.device)).double()
-        steps += 1
-        if on_batch is not None:
-            on_batch()
-    total, tokens = world.sum([float(loss_sum), float(label_tokens)])
-    model.train(was_training)
+    try:
+        for input_ids_BL, labels_BL in batches:
+            label_tokens += int((labels_BL[:, 1:] != IGNORE).sum())
+            loss_sum += causal_loss_sum(model, input_ids_BL.to(world.device), labels_BL.to(world.device)).double()
+            steps += 1
+            if on_batch is not None:
+                on_batch()
+        total, tokens = world.sum([float(loss_sum), float(label_tokens)])
+    finally:
+        model.train(was_training)
     if tokens == 0:
         raise ValueError("evaluation: found no label token, expected text of 2 tokens or more")
     return EvalResult(total / tokens, int(tokens), samples, steps, time.perf_counter() - start)

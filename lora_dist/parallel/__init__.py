@@ -1,6 +1,6 @@
 """Launch environment, collectives and strategies."""
 
-from lora_dist.parallel.launch import World, close_world, init_world
+from lora_dist.parallel.launch import World, close_world, init_world, launcher_restarts, lost_process
 from lora_dist.parallel.launcher_env import launch_problems
 from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.replicated import Replicated
@@ -19,5 +19,7 @@ __all__ = [
     "close_world",
     "init_world",
     "launch_problems",
+    "launcher_restarts",
+    "lost_process",
     "plain_name",
 ]

@@ -174,3 +174,19 @@ def close_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def launcher_restarts() -> bool:
+    """Whether a launcher starts workers that end with another code than 0 again (torchrun with --max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+
+
+_GONE = ("closed by peer", "reset by peer", "timed out", "broken pipe", "connection refused")
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone. gloo raises a plain RuntimeError, recognised by its words."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError) or (
+        "gloo" in text and any(words in text for words in _GONE)
+    )

@@ -369,8 +369,8 @@ def test_a_base_that_changes_during_the_run_stops_it(tiny_base, tiny_text, tmp_p
 
     step = Loop._step
 
-    def corrupting(self, batch):
-        result = step(self, batch)
+    def corrupting(self, *given):
+        result = step(self, *given)
         if self.state.step == 3:
             self.parts.base.model.model.layers[1].mlp.up_proj.base_layer.weight.data[0, 0] += 1e-3
         return result

@@ -1,0 +1,203 @@
+"""Saving while training goes on: a snapshot in memory, a thread on rank 0 that writes it, and what to do when that fails.
+
+Training waits for the copy only. A save waits for the one before it. What became of a save is told to all processes before the next
+step; a failed one leaves the last good checkpoint in force, and `train.max_failed_saves` in a row stop the run. A best adapter whose
+save failed stays in memory and is written again beside the next one. Called by `engine/loop.py`; every public method but `news`
+and `close` is a collective.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_dist.adapter import adapter_tensors, save_adapter
+from lora_dist.engine.checkpoint import ADAPTER, list_checkpoints, retain, save_checkpoint
+from lora_dist.engine.setup import Parts
+from lora_dist.log import UserError, logger
+from lora_dist.state import TrainState
+
+RETRY_AFTER_S = 2.0
+"""pause before a save that has to succeed is tried again"""
+
+Record = Callable[[str, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from, on CPU; on rank 0 only."""
+
+    state: TrainState
+    adapter: dict[str, Tensor]
+    """by the names in the adapter file"""
+    optimizer: dict[str, Tensor]
+    norms: dict[str, float]
+    """2-norms of the live adapter, by the names in the file, not taken from `adapter`"""
+    stall_time_s: float
+    """that training waited for the copy"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one save."""
+
+    step: int
+    path: Path
+    problem: str | None
+    save_time_s: float
+    stall_time_s: float
+
+
+class Saver:
+    """The checkpoints of one run.
+
+    Args:
+        record: takes an event and its values, on every process.
+    """
+
+    def __init__(self, parts: Parts, record: Record):
+        self._parts, self._record = parts, record
+        self._max_failed = parts.config.train.max_failed_saves
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")  # starts no thread before it is used
+        self._running: Future[list[Outcome]] | None = None
+        self._owed: Snapshot | None = None  # the best adapter, where its save failed; only the thread touches it while it runs
+        self._failed_in_a_row = 0
+        self.saved_step: int = parts.world.on_main(self._step_on_disk)
+        """step of the newest state that is on disk, on every process; -1: none"""
+        self._owes_best = False
+        self.longest_save_s = 0.0
+
+    def _step_on_disk(self) -> int:
+        step = self._parts.state.step
+        return step if any(n == step for n, _ in list_checkpoints(self._parts.output_dir)) else -1
+
+    def start(self) -> None:
+        """Copy what is to be saved and have it written. Waits for the save before."""
+        p = self._parts
+        self.wait()
+        start = time.perf_counter()
+        trained, optimizer = p.strategy.trainable_tensors(), p.strategy.optimizer_tensors()
+        norms = p.strategy.trainable_norms()
+        if not p.world.is_main:
+            return
+        in_file = adapter_tensors(p.model, {name: torch.tensor(norm, dtype=torch.float64) for name, norm in norms.items()})
+        snapshot = Snapshot(
+            copy.deepcopy(p.state),
+            adapter_tensors(p.model, trained),
+            optimizer,
+            {name: float(norm) for name, norm in in_file.items()},
+            time.perf_counter() - start,
+        )
+        p.console.saving(p.output_dir / f"checkpoint-{p.state.step}")
+        self._running = self._thread.submit(self._write, snapshot)
+
+    @property
+    def news(self) -> bool:
+        """Whether a save has ended that `absorb` has not told of; on rank 0. No collective."""
+        return self._running is not None and self._running.done()
+
+    def wait(self) -> None:
+        """Until no save is running, and tell what became of it."""
+        if self._parts.world.any(self._running is not None):
+            self.absorb()
+
+    def absorb(self) -> None:
+        """Waits for the save that is running and tells all processes of it.
+
+        Raises:
+            UserError: on every process, for one failure too many in a row.
+        """
+        p = self._parts
+        outcomes: list[Outcome] = p.world.broadcast(self._running.result() if self._running is not None else [])
+        self._running = None
+        for outcome in outcomes:
+            if outcome.step == p.state.best_step:
+                self._owes_best = outcome.problem is not None
+            if outcome.problem is None:
+                self._failed_in_a_row, self.saved_step = 0, outcome.step
+                self.longest_save_s = max(self.longest_save_s, outcome.save_time_s + outcome.stall_time_s)
+                p.console.saved_files(
+                    outcome.path / ADAPTER / "adapter_config.json", outcome.path / ADAPTER / "adapter_model.safetensors"
+                )
+                p.console.checkpoint_saved(outcome.step)
+                values = {"saved_step": outcome.step, "save_time_s": outcome.save_time_s, "stall_time_s": outcome.stall_time_s}
+                self._record("save", values)
+            else:
+                self._failed_in_a_row += 1
+                self._tell_failure(outcome)
+        if self._failed_in_a_row >= self._max_failed:
+            raise UserError(
+                f"train.max_failed_saves: {self._failed_in_a_row} checkpoints in a row could not be written, the last because: "
+                f"{next(o.problem for o in reversed(outcomes) if o.problem)}"
+            )
+
+    def surely(self) -> None:
+        """Have this step and the best one on disk; tried again until `train.max_failed_saves` in a row have failed.
+
+        Raises:
+            UserError: on every process.
+        """
+        step = self._parts.state.step
+        self.wait()
+        while self.saved_step != step or self._owes_best:
+            self.start()
+            self.wait()
+            if self.saved_step != step or self._owes_best:
+                time.sleep(RETRY_AFTER_S)
+
+    def close(self) -> None:
+        """Let a save that is running end, whatever ended the run; its outcome is told to nobody any more but the log."""
+        self._thread.shutdown(wait=True)
+        if self._running is not None and self._running.exception() is None:
+            for outcome in self._running.result():
+                self._parts.console.log_only(f"checkpoint-{outcome.step}: {outcome.problem or 'saved'}")
+
+    def _tell_failure(self, outcome: Outcome) -> None:
+        text = (
+            f"checkpoint-{outcome.step} was not saved ({self._failed_in_a_row} of at most {self._max_failed} in a row): "
+            f"{outcome.problem}"
+        )
+        self._parts.console.warning(text)
+        if not self._parts.world.is_main:
+            logger.info("rank %d: %s", self._parts.world.rank, text)
+        self._record("save_failed", {"failed_step": outcome.step, "failed_in_a_row": self._failed_in_a_row})
+
+    # In the thread, on rank 0
+
+    def _write(self, snapshot: Snapshot) -> list[Outcome]:
+        owed, self._owed = self._owed, None
+        still_best = owed is not None and owed.state.step == snapshot.state.best_step != snapshot.state.step
+        outcomes = []
+        for each in [owed, snapshot] if still_best and owed is not None else [snapshot]:
+            outcome = self._write_one(each, best_step=snapshot.state.best_step)
+            outcomes.append(outcome)
+            if outcome.problem is not None and each.state.step == snapshot.state.best_step:
+                self._owed = each
+        return outcomes
+
+    def _write_one(self, snapshot: Snapshot, *, best_step: int) -> Outcome:
+        p, step = self._parts, snapshot.state.step
+        start, problem = time.perf_counter(), None
+        try:
+            save_checkpoint(
+                p.output_dir,
+                write_adapter=lambda folder: save_adapter(p.model, folder, snapshot.adapter),
+                optimizer=snapshot.optimizer,
+                state=snapshot.state,
+                identity=p.identity,
+                versions=p.versions,
+                norms=snapshot.norms,
+                run_id=None,
+            )
+            retain(p.output_dir, p.config.train.save_total_limit, best_step)
+        except (UserError, OSError) as error:  # told by `absorb`; anything else is a bug and ends the run there
+            problem = str(error)
+        path = p.output_dir / f"checkpoint-{step}"
+        return Outcome(step, path, problem, time.perf_counter() - start, snapshot.stall_time_s)
