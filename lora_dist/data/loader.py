@@ -35,6 +35,8 @@ class MicroBatch:
     labels_BL: torch.Tensor
     dropout_seed: int
     """63 bits, derived from (seed, epoch, first position): to seed the generator with before the forward pass"""
+    windows: tuple[int, ...] = ()
+    """numbers of the training windows, row by row; filler rows have -1"""
 
 
 @dataclass(frozen=True)
@@ -102,28 +104,29 @@ class StepLoader:
 
     def steps_from(self, cursor: int) -> Iterator[StepBatch]:
         """Steps from a cursor on, through all further epochs; the caller stops. Costs one permutation, however far it is."""
-        for step, ids_ABL in _load(self._windows, self._plan(cursor), self._num_workers):
-            yield self._batch(step, ids_ABL)
+        for (step, rows_AB), ids_ABL in _load(self._windows, self._plan(cursor), self._num_workers):
+            yield self._batch(step, rows_AB, ids_ABL)
 
-    def _plan(self, cursor: int) -> Iterator[tuple[StepSlice, np.ndarray]]:
-        """Steps and the windows (A, B) they read, in order."""
+    def _plan(self, cursor: int) -> Iterator[tuple[tuple[StepSlice, np.ndarray], np.ndarray]]:
+        """Steps with the windows (A, B) they read, and these again for the reader, in order."""
         epoch, order = -1, np.empty(0, np.int64)
         while True:
             step = step_at(cursor, **self._split)
             if step.epoch != epoch:
                 epoch, order = step.epoch, epoch_order(len(self._windows), self._seed, step.epoch).numpy()
-            yield step, np.array([[_FILLER if p is None else order[p] for p in row] for row in step.positions])
+            rows_AB = np.array([[_FILLER if p is None else order[p] for p in row] for row in step.positions])
+            yield (step, rows_AB), rows_AB
             cursor = step.cursor_after
 
-    def _batch(self, step: StepSlice, ids_ABL: torch.Tensor) -> StepBatch:
+    def _batch(self, step: StepSlice, rows_AB: np.ndarray, ids_ABL: torch.Tensor) -> StepBatch:
         filler_AB1 = torch.tensor([[p is None for p in row] for row in step.positions])[..., None]
         labels_ABL = ids_ABL.masked_fill(filler_AB1, IGNORE_LABEL)
         label_tokens = int((labels_ABL[..., 1:] != IGNORE_LABEL).sum())
         if self._pin:
             ids_ABL, labels_ABL = ids_ABL.pin_memory(), labels_ABL.pin_memory()
         micro_batches = [
-            MicroBatch(ids_BL, labels_BL, stable_seed("dropout", self._seed, step.epoch, first))
-            for ids_BL, labels_BL, first in zip(ids_ABL, labels_ABL, step.first_positions, strict=True)
+            MicroBatch(ids_BL, labels_BL, stable_seed("dropout", self._seed, step.epoch, first), tuple(rows_B))
+            for ids_BL, labels_BL, first, rows_B in zip(ids_ABL, labels_ABL, step.first_positions, rows_AB.tolist(), strict=True)
         ]
         return StepBatch(micro_batches, step.epoch, step.cursor_after, step.samples_global, label_tokens)
 

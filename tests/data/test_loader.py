@@ -42,7 +42,7 @@ def assert_same(ours: list[StepBatch], theirs: list[StepBatch]) -> None:
         for m, n in zip(a.micro_batches, b.micro_batches, strict=True):
             assert torch.equal(m.input_ids_BL, n.input_ids_BL)
             assert torch.equal(m.labels_BL, n.labels_BL)
-            assert m.dropout_seed == n.dropout_seed
+            assert (m.dropout_seed, m.windows) == (n.dropout_seed, n.windows)
 
 
 def test_steps_follow_the_epoch_order(windows_of: Callable[[int], Windows]):
@@ -54,6 +54,12 @@ def test_steps_follow_the_epoch_order(windows_of: Callable[[int], Windows]):
     assert steps[0].micro_batches[0].input_ids_BL.shape == (2, 5)
     assert torch.equal(steps[0].micro_batches[0].labels_BL, steps[0].micro_batches[0].input_ids_BL)
     assert steps[0].micro_batches[0].input_ids_BL.dtype == torch.int64
+
+
+def test_micro_batches_carry_the_numbers_of_their_windows(windows_of: Callable[[int], Windows]):
+    last = list(islice(loader(windows_of(11), (4, 1, 1)), 3))[-1].micro_batches[0]
+    assert last.windows == (*epoch_order(11, 5, 0).tolist()[8:], -1)
+    assert last.input_ids_BL[:3, 0].tolist() == list(last.windows[:3])  # the first token is the number
 
 
 def test_filler_rows_count_no_labels(windows_of: Callable[[int], Windows]):
