@@ -6,28 +6,24 @@ takes the same ones. A run may be asked to stop (`engine/stop.py`): it does so b
 
 from __future__ import annotations
 
-import math
-import resource
 import shlex
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
 
 from lora_dist.adapter import adapter_tensors, read_adapter_tensors, save_adapter
-from lora_dist.data.loader import StepBatch, eval_batches
+from lora_dist.data.loader import StepBatch
 from lora_dist.engine.checkpoint import ADAPTER
+from lora_dist.engine.evaluations import Evaluations
 from lora_dist.engine.folder import publish_files
+from lora_dist.engine.memory import peak_memory_gib
 from lora_dist.engine.saver import Saver
 from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import StepResult
 from lora_dist.engine.stop import Stop, Stopped, first_reason
-from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
+from lora_dist.evaluation.perplexity import EvalResult
 from lora_dist.log import UserError
 
 EXPECT_AFTER_STEPS = 5
@@ -51,11 +47,11 @@ class Loop:
         self.state = parts.state
         self.stop = stop or Stop()
         self.saver = Saver(parts, self._record)
+        self.evaluations = Evaluations(parts, self._record, self._stop_if_asked)
         self.train = parts.config.train
         self._started_s = time.perf_counter()
         self._time_before_s = parts.state.train_time_s
         self._step_times_s: list[float] = []
-        self._eval_times_s: list[float] = []
         self._since_log_tokens = 0
         self._since_log_s = 0.0
 
@@ -76,14 +72,14 @@ class Loop:
         self.stop.training_starts()
         try:
             if train.eval_on_start and p.eval_windows is not None and self.state.first_eval_loss is None:
-                self._evaluate()
+                self.evaluations.run()
             self._train()
             self._checked_everywhere("at the end", whole=True)
             if train.save_strategy != "no":
                 self.saver.surely()
             p.console.training_done(self._elapsed_s())
             best = self._load_best()
-            final = self._final_evaluation() if p.eval_windows is not None else None
+            final = self.evaluations.run_final() if p.eval_windows is not None else None
             self._finish(final, best)
             return Ended(final, None)
         except Stopped as stopped:
@@ -129,7 +125,7 @@ class Loop:
         """What is due after the step that was taken last. `again`: its checkpoint was written without."""
         state = self.state
         epoch_ends = state.cursor % len(self.parts.train_windows) == 0
-        improved = self._evaluation_due(epoch_ends) and self._evaluate()
+        improved = self._evaluation_due(epoch_ends) and self.evaluations.run()
         state.evaluated_step = state.step
         due = improved or again or self._due(self.train.save_strategy, self.train.save_steps, epoch_ends)
         if due and self.train.save_strategy != "no":
@@ -180,7 +176,7 @@ class Loop:
             return
         loss = state.loss_window_sum / state.loss_window_steps
         state.loss_window_sum, state.loss_window_steps, state.last_train_loss = 0.0, 0, loss
-        rate, epoch = self._rate(state.step - 1), self._epoch()
+        rate, epoch = self._rate(state.step - 1), self.state.cursor / len(p.train_windows)
         p.console.step(step=state.step, total=p.total_steps, loss=loss, rate=rate, epoch=epoch, elapsed_s=self._elapsed_s())
         tokens_per_s = self._since_log_tokens / self._since_log_s
         self._since_log_tokens, self._since_log_s = 0, 0.0
@@ -205,82 +201,6 @@ class Loop:
             p.metrics.write(self.state.step, event, values)
         if p.tracker is not None:
             p.tracker.log(self.state.step, {f"{event}/{name}": value for name, value in values.items()})
-
-    # Evaluation
-
-    def _evaluate(self) -> bool:
-        """Evaluate now; whether it is the best so far. The first evaluation (of the pruned model) is best, but nothing to save."""
-        p, state = self.parts, self.state
-        result = self._run_evaluation(final=False)
-        if state.step == 0 and not math.isfinite(result.loss):
-            raise UserError(f"evaluation at step 0: found a loss of {result.loss} before any training: the base itself is broken")
-        first = state.best_metric is None
-        before = state.best_metric
-        better = first or result.loss < before - self.train.early_stopping_threshold  # type: ignore[operator]
-        if state.step == 0:
-            state.first_eval_loss = result.loss
-        if better:
-            state.best_metric, state.best_step, state.evals_without_improvement = result.loss, state.step, 0
-        else:
-            state.evals_without_improvement += 1
-        p.console.evaluated(
-            step=state.step,
-            **self._figures(result),
-            better=better,
-            before=None if before is None else math.exp(min(before, 700)),
-        )
-        self._record_evaluation("eval", result)
-        return better and state.step > 0
-
-    def _run_evaluation(self, *, final: bool) -> EvalResult:
-        p, train = self.parts, self.train
-        assert p.eval_windows is not None
-        p.console.evaluation_starts(len(p.eval_windows), train.per_device_eval_batch_size, final=final)
-        batch_size = train.per_device_eval_batch_size
-        bar = p.console.bar(math.ceil(len(p.eval_windows) / (batch_size * p.world.size)), "Evaluating")
-        batches = eval_batches(p.eval_windows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
-
-        def on_batch() -> None:
-            bar.update()
-            self._stop_if_asked()
-
-        try:
-            result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_windows), on_batch=on_batch)
-        finally:
-            bar.close()
-        self._eval_times_s.append(result.runtime_s)
-        return result
-
-    def _figures(self, result: EvalResult) -> dict[str, Any]:
-        """What the console shows of an evaluation."""
-        return {
-            "loss": result.loss,
-            "perplexity": result.perplexity,
-            "runtime_s": result.runtime_s,
-            "samples": result.samples,
-            "steps": result.steps,
-            "epoch": self._epoch(),
-        }
-
-    def _record_evaluation(self, event: str, result: EvalResult) -> None:
-        self._record(
-            event,
-            {
-                "eval_loss": result.loss,
-                "perplexity": result.perplexity,
-                "eval_runtime_s": result.runtime_s,
-                "eval_tokens": result.tokens,
-                "epoch": self._epoch(),
-            },
-        )
-
-    def _final_evaluation(self) -> EvalResult:
-        p, state = self.parts, self.state
-        result = self._run_evaluation(final=True)
-        first = None if state.first_eval_loss is None else math.exp(min(state.first_eval_loss, 700))
-        p.console.final_results(**self._figures(result), first=first)
-        self._record_evaluation("final", result)
-        return result
 
     # Guard and checkpoints
 
@@ -366,9 +286,6 @@ class Loop:
         p, train = self.parts, self.train
         return learning_rate(step, p.total_steps, peak=train.learning_rate, warmup=p.warmup, kind=train.lr_scheduler_type)
 
-    def _epoch(self) -> float:
-        return self.state.cursor / len(self.parts.train_windows)
-
     def _due(self, strategy: str, every: int, epoch_ends: bool) -> bool:
         if strategy == "epoch":
             return epoch_ends
@@ -392,13 +309,5 @@ class Loop:
         """Whole run, from the first steps and the evaluations seen so far."""
         remaining = self.parts.total_steps - self.state.step
         evaluations = 1 + (remaining // self.train.eval_steps if self.train.eval_strategy == "steps" else 0)
-        one_eval_s = statistics.median(self._eval_times_s) if self._eval_times_s else 0.0
+        one_eval_s = statistics.median(self.evaluations.times_s or [0.0])
         return self._elapsed_s() + remaining * statistics.median(self._step_times_s) + evaluations * one_eval_s
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: of the GPU's allocator, or resident on CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -7,25 +7,30 @@ Out of memory ends in advice in terms of this run's options, a lost process in o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
 
 from lora_dist.config import RunConfig, seconds
-from lora_dist.engine.loop import Loop, peak_memory_gib
+from lora_dist.engine.attempts import State
+from lora_dist.engine.loop import Loop
+from lora_dist.engine.memory import peak_memory_gib
 from lora_dist.engine.setup import Parts, build
 from lora_dist.engine.stop import Stop
-from lora_dist.log import EXIT_STOPPED
+from lora_dist.log import EXIT_STOPPED, UserError
 from lora_dist.monitor.advice import out_of_memory
 from lora_dist.monitor.console import Console
 from lora_dist.parallel import World, launcher_restarts, lost_process
 
 
-def train(config: RunConfig, world: World, *, look: Callable[[Parts], None] = lambda parts: None) -> int:
+def train(
+    config: RunConfig, world: World, *, look: Callable[[Parts], None] = lambda parts: None, argv: Sequence[str] = ()
+) -> int:
     """Collective. Train by a checked configuration; the exit code.
 
     Args:
+        argv: command line, for the record of this attempt.
         look: given the parts before the first step.
 
     Raises:
@@ -33,16 +38,23 @@ def train(config: RunConfig, world: World, *, look: Callable[[Parts], None] = la
     """
     console = Console(enabled=world.is_main)
     where, parts, code = "while loading", None, 1
+    state: State = "failed"
+    reason = ""
     stop = Stop(deadline=_deadline(config), margin_s=config.train.stop_margin_s, exit_code=_exit_code)
     stop.install()
     try:
-        parts = build(config, world, console)
+        parts = build(config, world, console, argv=argv)
         look(parts)
         where = "while training"
         ended = Loop(parts, stop).run()
         code = 0 if ended.stopped is None else _exit_code(ended.stopped)
+        state, reason = ("completed", "") if ended.stopped is None else ("stopped", ended.stopped)
         return code
+    except UserError as error:
+        code, reason = 2, _first_line(error)
+        raise
     except (RuntimeError, MemoryError) as error:
+        reason = _first_line(error)
         if _is_out_of_memory(error):
             _advise_on_memory(config, world, console, where)
         elif lost_process(error):
@@ -57,9 +69,11 @@ def train(config: RunConfig, world: World, *, look: Callable[[Parts], None] = la
         stop.close()
         if parts is not None and parts.tracker is not None:
             parts.tracker.finish(code)
-        if parts is not None and parts.lock is not None:
-            parts.lock.close()
+        if parts is not None and parts.attempt is not None:
+            parts.attempt.end(state, reason or "ended by an error, see the console", step=parts.state.step, exit_code=code)
         console.close()
+        if parts is not None and parts.folder is not None:
+            parts.folder.close()
 
 
 def _deadline(config: RunConfig) -> float | None:

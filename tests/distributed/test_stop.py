@@ -116,7 +116,7 @@ def test_an_evaluation_is_broken_off_and_made_up_for(pair, whole, tiny_base, tin
     reference, out = whole(strategy), tmp_path / "out"
     slow = {**COMMON, "per_device_eval_batch_size": 1, "data__holdout_windows": 16}
     argv = options(tiny_base, tiny_text, out, parallel__strategy=strategy, **slow)
-    done, step = stopped(pair, argv, out, signal.SIGTERM, 1, at=16)
+    _, step = stopped(pair, argv, out, signal.SIGTERM, 1, at=16)
     if [row["step"] for row in records(out, "eval")] == [0]:
         assert step == 16  # the usual case; on a machine that stalls, the signal may come after it
     pair.run(*argv, "--resume", "auto")
