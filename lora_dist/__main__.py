@@ -16,6 +16,7 @@ VERBS = {
     "eval": "loss and perplexity of a model, with or without an adapter",
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
     "generate": "continue a prompt",
+    "rendezvous": "hold the meeting point of an elastic run, outside of its machines",
     "inspect": "show a model's or adapter's pattern, layer by layer, and what is wrong with it",
 }
 

@@ -226,3 +226,61 @@ class GenerateArgs:
             yield f"seed: found {self.seed}, expected a number from 0 up to 2**63"
         if not 0 < self.top_p <= 1:
             yield f"top_p: found {self.top_p}, expected a number above 0 and at most 1"
+
+
+@dataclass
+class RendezvousArgs:
+    """Hold the meeting point of elastic runs, on a machine that outlives any of theirs, until it is stopped."""
+
+    port: int = 29400
+    """Port to listen on, at all addresses of this machine; 0: one that is free, which is printed."""
+
+    def problems(self) -> Iterator[str]:
+        if not 0 <= self.port < 65536:
+            yield f"port: found {self.port}, expected a number from 0 to 65535"
+
+
+@dataclass
+class DoctorArgs:
+    """Examine this machine before a run: versions, GPUs, disk, network, collectives and strategies tried for real; with remedies."""
+
+    output_dir: str = "."
+    """Run folder whose disk is tried; need not exist yet. Nothing stays in it."""
+    model: str = ""
+    """Model directory (or hub name) to work out the size of a checkpoint from."""
+    r: int = 8
+    """Rank of the adapter, for the same."""
+    processes: int | None = None
+    """Processes to start; default: one a GPU, 2 without."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run collectives and strategies; auto: GPUs if there are any."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """Collectives to try; auto: nccl and gloo on GPUs, gloo on CPUs."""
+    grace_s: float = 30.0
+    """Seconds between the warning and the end of a run; torchrun and Slurm leave 30."""
+    offline: bool = False
+    """Ask neither hub nor tracker."""
+    timeout_s: float = 60.0
+    """Seconds without progress after which processes count as hung."""
+    only: list[
+        Literal[
+            "versions", "environment", "machine", "gpus", "disk", "hub", "tracker", "model", "space", "save_time", "collectives",
+            "strategies",
+        ]
+    ] = field(default_factory=list)  # fmt: skip
+    """Leave out all checks but these (comma-separated)."""
+    json: bool = False
+    """One JSON object a line instead of text; the last holds the counts."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("r", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"{name}: found {value}, expected 1 or more"
+        for name in ("grace_s", "timeout_s"):
+            if not getattr(self, name) > 0:
+                yield f"{name}: found {getattr(self, name)}, expected a number above 0"
+        if not self.output_dir:
+            yield "output_dir: found nothing, expected a folder"
+        if self.backend == "nccl" and self.device == "cpu":
+            yield "backend: found nccl with device cpu, expected gloo, or another device"

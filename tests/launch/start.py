@@ -20,6 +20,8 @@ READ = [
     "MASTER_ADDR",
     "MASTER_PORT",
     "RDZV_ID",
+    "RDZV_ENDPOINT",
+    "RDZV_CONF",
     "LOCAL_ADDR",
     "MAX_RESTARTS",
     "HOSTFILE",

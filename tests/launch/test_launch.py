@@ -116,10 +116,20 @@ def test_many_machines(script):
 
 def test_torchrun_takes_a_range_of_machines_restarts_and_a_rendezvous_elsewhere():
     own = {"NPROC": "1", "NNODES": "1:4", "MASTER_ADDR": "127.0.0.1", "RDZV_ID": "mine", "MAX_RESTARTS": "3"}
-    _, words = dry("torchrun", **own)
+    assigned, words = dry("torchrun", **own)
     assert [option(words, f"--{name}") for name in ("nnodes", "rdzv-id", "max-restarts")] == ["1:4", "mine", "3"]
-    assert "--rdzv-conf" not in words
-    assert option(dry("torchrun", **own, NODE_RANK="0")[1], "--rdzv-conf") == "is_host=1"
+    assert assigned["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    quick = option(words, "--rdzv-conf")
+    assert "is_host" not in quick
+    assert "keep_alive_interval=2,keep_alive_max_attempt=5" in quick
+    assert option(dry("torchrun", **own, NODE_RANK="0")[1], "--rdzv-conf") == f"is_host=1,{quick}"
+    del own["MASTER_ADDR"]
+    _, words = dry("torchrun", **own, RDZV_ENDPOINT="127.0.0.1:29400", RDZV_CONF="join_timeout=60")
+    assert option(words, "--rdzv-endpoint") == "127.0.0.1:29400"
+    assert option(words, "--rdzv-conf") == f"is_host=0,{quick},join_timeout=60"
+    del own["MAX_RESTARTS"], own["RDZV_ID"]
+    assert "RDZV_ID: found nothing with RDZV_ENDPOINT" in refusal("torchrun", **own, RDZV_ENDPOINT="127.0.0.1:29400")
+    assert "RDZV_ENDPOINT: found '127.0.0.1'" in refusal("torchrun", **own, RDZV_ID="mine", RDZV_ENDPOINT="127.0.0.1")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
