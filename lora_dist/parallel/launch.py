@@ -94,15 +94,15 @@ class World:
             except UserError as error:
                 problem = error
         self.agree(problem)
-        return [r for local_rank, r in self._gather((self.local_rank, result)) if local_rank == 0]
+        return [r for local_rank, r in self.gather((self.local_rank, result)) if local_rank == 0]
 
     def agree(self, problem: UserError | None) -> None:
         """Collective: a problem that any rank has found is raised on every rank; the first rank's, if there are several."""
-        for found in self._gather(problem):
+        for found in self.gather(problem):
             if found is not None:
                 raise found
 
-    def _gather(self, value: T) -> list[T]:
+    def gather(self, value: T) -> list[T]:
         """Collective: every rank's value (picklable), by rank."""
         if self.size == 1:
             return [value]

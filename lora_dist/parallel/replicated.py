@@ -38,6 +38,7 @@ class Replicated(TorchStrategy):
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.shapes = {n: p.shape for n, p in self.trainable.items()}
         self._flats = self._flatten()
+        self._own_norm = torch.zeros(())  # of the gradients before they were summed
         if world.size > 1:
             for parameter in self.trainable.values():
                 dist.broadcast(parameter.data, src=0)
@@ -60,12 +61,16 @@ class Replicated(TorchStrategy):
             flat.zero_()
 
     def _sum_gradients(self) -> None:
+        self._own_norm = self._norm()  # stays on the device until it is asked for
         for flat in self._flats:
             all_reduce_sum(flat, self.world)
 
     def _norm(self) -> Tensor:
         norms = [torch.linalg.vector_norm(flat, dtype=torch.float32) for flat in self._flats]
         return torch.linalg.vector_norm(torch.stack(norms))
+
+    def own_gradients_finite(self) -> bool:
+        return bool(torch.isfinite(self._own_norm))
 
     def _gradients(self) -> list[Tensor]:
         return self._flats

@@ -114,8 +114,18 @@ class Strategy(ABC):
         """Collective. Clip, and take the optimizer step unless the gradients are not finite."""
 
     @abstractmethod
+    def discard(self) -> None:
+        """Collective, in place of `update` after the step's last backward pass: drop its gradients, finite or not. The steps after it are
+        those of a run in which it never was. (An `update` that did not apply has dropped its gradients itself.)"""
+
+    @abstractmethod
     def non_finite(self) -> list[str]:
         """Trainable parameters whose gradient on this process was not finite in the last step. Waits for the device."""
+
+    def own_gradients_finite(self) -> bool | None:
+        """Whether what this process's own micro-batches gave to the last step's gradients was finite; None where that cannot be told
+        from their sum. Waits for the device."""
+        return None
 
     @abstractmethod
     def trainable_tensors(self) -> dict[str, Tensor]:
@@ -249,6 +259,9 @@ class TorchStrategy(Strategy):
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=not finite)
         return Update(finite, norm)
+
+    def discard(self) -> None:
+        self.zero_grad()
 
     def non_finite(self) -> list[str]:
         return [

@@ -209,6 +209,36 @@ class Zero(Strategy):
         norm = self.engine.get_global_grad_norm()
         return Update(not overflow, float("inf") if overflow else float(norm))
 
+    def discard(self) -> None:
+        """The engine has one way to drop what it has reduced and kept: a step whose gradient norm is not finite. This makes it so."""
+        optimizer, nan = self.engine.optimizer, float("nan")
+        if self.stage == 3:
+            self._spoil_own_partition(nan)
+        elif optimizer.cpu_offload:
+            for key in optimizer.norm_for_param_grads:
+                optimizer.norm_for_param_grads[key] = torch.tensor(nan)
+        else:
+            for gradients in optimizer.averaged_gradients.values():
+                for gradient in gradients or ():
+                    gradient.fill_(nan)
+        self.engine.step()
+        if not optimizer.overflow:
+            raise RuntimeError(f"{self.name}: the engine has taken a step that was to be dropped")
+
+    def _spoil_own_partition(self, value: float) -> None:
+        """Stage 3: write into the first parameter of which this process holds elements, and no padding, which is never written again."""
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameter in self.trainable.values():
+            if self.piece(parameter).tensor.numel():
+                spoilt = torch.zeros(parameter.ds_tensor.numel(), device=self.world.device)  # type: ignore[attr-defined]
+                spoilt[0] = value
+                safe_set_local_grad(parameter, spoilt)
+                return
+
+    def own_gradients_finite(self) -> bool:
+        return not self.non_finite()
+
     def non_finite(self) -> list[str]:
         return [name for name, bad in self._bad.items() if bool(bad)]
 
