@@ -20,6 +20,7 @@ import torch
 
 from lora_dist.data.sampler import StepSlice, epoch_order, stable_seed, step_at, steps_per_epoch
 from lora_dist.data.windows import Windows
+from lora_dist.process import end_with_parent
 
 IGNORE_LABEL = -100
 _FILLER = -1  # a row that stands for no sample: ids 0, labels IGNORE_LABEL
@@ -179,7 +180,7 @@ def _load(windows: Windows, plan: Iterable[tuple[Meta, np.ndarray]], num_workers
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=_follow_the_main_process,
         generator=torch.Generator(),  # else starting workers would draw from the global generator
     )
     # Workers ignore SIGTERM, which is how multiprocessing ends them at exit, and would then wait for them for ever. Dropping the
@@ -202,8 +203,10 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _leave_signals_to_the_main_process(_worker: int) -> None:
-    """A preemption signal reaches the whole process group; only the main process may decide when to stop."""
+def _follow_the_main_process(_worker: int) -> None:
+    """A preemption signal reaches the whole process group; only the main process may decide when to stop. One that is killed takes its
+    workers along: they would keep the run folder's lock, which they inherit, until torch's watchdog ends them, 5 s later."""
+    end_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
