@@ -17,6 +17,7 @@ VERBS = {
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
     "generate": "continue a prompt",
     "rendezvous": "hold the meeting point of an elastic run, outside of its machines",
+    "doctor": "examine this machine before a run: versions, GPUs, disk, network, collectives, strategies; with remedies",
     "inspect": "show a model's or adapter's pattern, layer by layer, and what is wrong with it",
 }
 
