@@ -137,6 +137,8 @@ class TrainArgs:
     """Move an older run in output_dir aside (never deleted) and start anew."""
     resume_from_checkpoint: str | None = None
     """Checkpoint folder to go on from, or auto: the newest in output_dir that verifies (none there: start anew)."""
+    lock_timeout_s: float = 60.0
+    """Resuming: how long to wait for the attempt before to let go of output_dir; a fresh start waits for nobody."""
     num_train_epochs: float = 1.0
     """Passes over the training windows."""
     max_steps: int = -1
@@ -219,7 +221,9 @@ class TrainArgs:
         yield from _fraction("train", self, "warmup_ratio", "adam_beta1", "adam_beta2")
         if self.max_runtime is not None and seconds(self.max_runtime) is None:
             yield f"train.max_runtime: found {self.max_runtime}, expected seconds or [D-]HH:MM:SS, above 0"
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "early_stopping_threshold", "stop_margin_s"):
+        for name in (
+            "warmup_steps", "weight_decay", "max_grad_norm", "seed", "early_stopping_threshold", "stop_margin_s", "lock_timeout_s"
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 yield f"train.{name}: found {getattr(self, name)}, expected 0 or more"
         if self.seed >= 2**63:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 
 from lora_dist.cli.options import Verb, parse
@@ -57,6 +58,6 @@ def run(config: RunConfig) -> int:
     args = config.parallel
     world = init_world(backend=args.backend, device=args.device, timeout_s=args.timeout_s, always=True)
     try:
-        return train(config, world)
+        return train(config, world, argv=sys.argv[1:])
     finally:
         close_world()

@@ -44,13 +44,13 @@ from lora_dist.models.export import flush
 from lora_dist.state import TrainState
 
 __all__ = [
-    "ADAPTER", "MANIFEST", "Checkpoint", "Identity", "clear_staging", "find_checkpoint", "list_checkpoints", "load_checkpoint",
-    "named_checkpoints", "put_back", "retain", "run_id_of", "save_checkpoint", "tensor_norms", "verify",
+    "ADAPTER", "MANIFEST", "SET_ASIDE", "STATE", "Checkpoint", "Identity", "clear_staging", "find_checkpoint", "list_checkpoints",
+    "load_checkpoint", "named_checkpoints", "put_back", "retain", "run_id_of", "save_checkpoint", "tensor_norms", "verify",
 ]  # fmt: skip
 
 NORM_TOLERANCE = 1e-6  # relative
 _STAGING = ".saving-"
-_SET_ASIDE = f"{_STAGING}old-"
+SET_ASIDE = f"{_STAGING}old-"  # an older checkpoint of the step that is being replaced
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _replace(staging: Path, final: Path) -> None:
     if not os.path.lexists(final):
         staging.rename(final)
         return
-    old = final.with_name(f"{_SET_ASIDE}{final.name}")
+    old = final.with_name(f"{SET_ASIDE}{final.name}")
     _remove(old)
     final.rename(old)
     staging.rename(final)
@@ -237,16 +237,26 @@ def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def run_id_of(path: Path) -> str | None:
-    """The run that a checkpoint names as its own; None if it verifies not, or is of format 1."""
-    if verify(path) is not None:
-        return None
+    """The run that a checkpoint, which verifies, names as its own; None in format 1."""
     return read_manifest(path).get("run_id")
 
 
-def find_checkpoint(run_dir: Path, on_skip: Callable[[Path, str], None], *, run_id: str | None = None) -> Path | None:
-    """The newest checkpoint (of this run) that verifies; `on_skip` hears of each newer one and why it is skipped."""
+def find_checkpoint(
+    run_dir: Path,
+    on_skip: Callable[[Path, str], None],
+    *,
+    run_id: str | None = None,
+    also: Callable[[Path], str | None] | None = None,
+) -> Path | None:
+    """The newest checkpoint (of this run) that verifies; `on_skip` hears of each newer one and why it is skipped.
+
+    Args:
+        also: a further reason to skip one that verifies.
+    """
     for _, path in reversed(named_checkpoints(run_dir)):
         reason = verify(path, run_id=run_id)
+        if reason is None and also is not None:
+            reason = also(path)
         if reason is None:
             return path
         on_skip(path, reason)
@@ -302,8 +312,8 @@ def retain(run_dir: Path, limit: int | None, best_step: int) -> list[Path]:
 def put_back(run_dir: Path) -> list[Path]:
     """Checkpoints that a killed save had renamed to replace them get their names back, unless the new one stands."""
     found = []
-    for path in sorted(run_dir.glob(f"{_SET_ASIDE}*")):
-        target = run_dir / path.name.removeprefix(_SET_ASIDE)
+    for path in sorted(run_dir.glob(f"{SET_ASIDE}*")):
+        target = run_dir / path.name.removeprefix(SET_ASIDE)
         if not os.path.lexists(target):
             path.rename(target)
             found.append(target)

@@ -1,15 +1,17 @@
-"""The run folder: may this run use it, where does it resume from, and moving an older run aside (never deleting)."""
+"""The run folder: may this run use it, where does it resume from, and moving an older run aside (never deleting).
+
+Called by `engine/setup.py` on rank 0, in this order: `wait_for_folder`, `check_folder`, `claim_folder`.
+"""
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,17 +19,38 @@ import yaml
 from safetensors import SafetensorError
 
 from lora_dist.adapter import ADAPTER_FILE
-from lora_dist.engine.checkpoint import MANIFEST, clear_staging, find_checkpoint, list_checkpoints
-from lora_dist.log import UserError, logger
+from lora_dist.engine.attempts import ATTEMPTS, make_run_id, next_attempt
+from lora_dist.engine.checkpoint import (
+    MANIFEST,
+    SET_ASIDE,
+    STATE,
+    clear_staging,
+    find_checkpoint,
+    list_checkpoints,
+    named_checkpoints,
+    put_back,
+    run_id_of,
+    verify,
+)  # fmt: skip
+from lora_dist.engine.held import LOCK, RUN, HeldFolder, lock_folder, read_run_id
+from lora_dist.log import UserError
+from lora_dist.models.export import flush
 
 _MODEL_MARKS = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-METRICS, LOG, CONFIG, LOCK = "metrics.jsonl", "train.log", "run_config.yaml", ".lock"
-_MAY_CHANGE = {"train.resume_from_checkpoint", "train.overwrite_output_dir", "train.output_dir"}
+METRICS, LOG, CONFIG = "metrics.jsonl", "train.log", "run_config.yaml"
+_MAY_CHANGE = {
+    "train.resume_from_checkpoint",
+    "train.overwrite_output_dir",
+    "train.output_dir",
+    "train.lock_timeout_s",
+    "train.max_runtime",
+}
 
 
 def holds_run(folder: Path) -> bool:
     """Whether an earlier run left a checkpoint or an adapter here. Logs alone are of a run that saved nothing."""
-    return folder.is_dir() and ((folder / ADAPTER_FILE).exists() or bool(list_checkpoints(folder)))
+    kept = (ADAPTER_FILE, f"{SET_ASIDE}*")  # the second: a checkpoint that a killed save was about to replace
+    return folder.is_dir() and (bool(list_checkpoints(folder)) or any(any(folder.glob(name)) for name in kept))
 
 
 def move_aside(folder: Path) -> Path:
@@ -50,45 +73,138 @@ class FolderPlan:
     move_aside: bool
     """an older run is to be renamed"""
     skipped: tuple[str, ...]
-    """newer checkpoints that do not verify, and why"""
+    """newer checkpoints that cannot be used, and why"""
+    best_lost: bool = False
+    """the best checkpoint before the one to go on from cannot be used, and no earlier one could make it again"""
+
+    @property
+    def own(self) -> bool:
+        """Whether the checkpoint is one of the folder's."""
+        return self.checkpoint is not None and self.checkpoint.absolute().parent.resolve() == self.folder.resolve()
 
 
-def check_folder(folder: Path, *, resume: str | None, overwrite: bool) -> FolderPlan:
+def wait_for_folder(folder: Path, *, resume: str | None, timeout_s: float, note: Callable[[str], None]) -> IO[str] | None:
+    """Before a resuming run looks at the checkpoints: wait until the attempt before it has let go of the folder, and keep others out.
+
+    Args:
+        resume: `train.resume_from_checkpoint`; a fresh start waits for nobody and gets None.
+
+    Returns:
+        The lock, for `claim_folder`; None where there is nobody to wait for.
+
+    Raises:
+        UserError: another run is still at work in it, or the folder cannot be written.
+    """
+    into = resume == "auto" or (resume is not None and Path(resume).resolve().parent == folder.resolve())
+    if not into or not (folder / LOCK).exists():
+        return None
+    try:
+        lock = lock_folder(folder, wait_s=timeout_s, note=note)
+        for path in put_back(folder):
+            note(f"put {path.name} back, which a killed save was about to replace")
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    return lock
+
+
+def check_folder(folder: Path, *, resume: str | None, overwrite: bool, needs_best: bool = True) -> FolderPlan:
     """Decide where a run goes on from and whether it may use the folder. Writes nothing.
 
     Args:
         resume: `train.resume_from_checkpoint`: a folder, auto, or None.
         overwrite: an older run may be moved aside; without effect when resuming from this folder.
+        needs_best: the run ends with its best adapter, so that has to be whole too.
 
     Raises:
         UserError: the folder holds another run, cannot be written, or the checkpoint is not there.
     """
-    checkpoint, skipped = None, []
+    plan = FolderPlan(folder, None, False, ())
     if resume == "auto":
-        checkpoint = find_checkpoint(folder, lambda path, why: skipped.append(f"skipping {path.name}: {why}"))
-        if checkpoint is None and skipped and not overwrite:
+        plan = _newest(folder, needs_best)
+        if plan.checkpoint is None and plan.skipped and not overwrite:
             raise UserError(
-                f"train.resume_from_checkpoint: no checkpoint in {folder} is whole ({'; '.join(skipped)}); "
+                f"train.resume_from_checkpoint: no checkpoint in {folder} is whole and of this run ({'; '.join(plan.skipped)}); "
                 "start anew with --train.overwrite_output_dir true (moves the folder aside)"
+                + (f", or remove {RUN} if the checkpoints are the run's own" if "of another run" in "".join(plan.skipped) else "")
             )
     elif resume is not None:
-        checkpoint = Path(resume)
-        if not (checkpoint / MANIFEST).is_file():
-            found = "no folder" if not checkpoint.is_dir() else f"no {MANIFEST} in"
-            raise UserError(f"train.resume_from_checkpoint: found {found} {checkpoint}, expected a checkpoint-N folder or auto")
-    own = checkpoint is not None and checkpoint.resolve().parent == folder.resolve()
+        plan = _named(folder, Path(resume), needs_best)
     if any((folder / name).exists() for name in _MODEL_MARKS):
         raise UserError(f"train.output_dir: {folder} holds a model, expected a folder of the run's own")
-    other_run = holds_run(folder) and not own
+    other_run = holds_run(folder) and not plan.own
     if other_run and not overwrite:
         raise UserError(
             f"train.output_dir: {folder} already holds a run; go on with it (--train.resume_from_checkpoint auto), move it "
             "aside (--train.overwrite_output_dir true), or choose another folder"
         )
-    if other_run and checkpoint is not None and folder.resolve() in checkpoint.resolve().parents:
-        raise UserError(f"train.resume_from_checkpoint: {checkpoint} lies inside {folder}, but is no checkpoint-N of it")
+    if other_run and plan.checkpoint is not None and folder.resolve() in plan.checkpoint.resolve().parents:
+        raise UserError(f"train.resume_from_checkpoint: {plan.checkpoint} lies inside {folder}, but is no checkpoint-N of it")
     _require_writable(folder)
-    return FolderPlan(folder, checkpoint, other_run, tuple(skipped))
+    return replace(plan, move_aside=other_run)
+
+
+def _newest(folder: Path, needs_best: bool) -> FolderPlan:
+    """The newest checkpoint of this run that verifies, and whose best one does: training again from there makes the lost one again.
+
+    Where none has a whole best one, the newest that verifies.
+    """
+    run_id, skipped = _run_id(folder), []
+
+    def skip(path: Path, why: str) -> None:
+        skipped.append(f"skipping {path.name}: {why}")
+
+    checkpoint = find_checkpoint(folder, skip, run_id=run_id, also=_best_problem if needs_best else None)
+    if checkpoint is not None or not skipped or not needs_best:
+        return FolderPlan(folder, checkpoint, False, tuple(skipped))
+    skipped = []
+    checkpoint = find_checkpoint(folder, skip, run_id=run_id)
+    if checkpoint is not None:
+        skipped.append(_best_lost(checkpoint))
+    return FolderPlan(folder, checkpoint, False, tuple(skipped), best_lost=checkpoint is not None)
+
+
+def _named(folder: Path, checkpoint: Path, needs_best: bool) -> FolderPlan:
+    """A checkpoint that the user has chosen.
+
+    Raises:
+        UserError: it is not there, not whole, or lies in this folder but is of another run.
+    """
+    if not (checkpoint / MANIFEST).is_file():
+        found = "no folder" if not checkpoint.is_dir() else f"no {MANIFEST} in"
+        raise UserError(f"train.resume_from_checkpoint: found {found} {checkpoint}, expected a checkpoint-N folder or auto")
+    plan = FolderPlan(folder, checkpoint, False, ())
+    if not plan.own:
+        return plan  # its best checkpoint is in another folder, and counts no more
+    reason = verify(checkpoint, run_id=_run_id(folder))
+    if reason is not None:
+        raise UserError(f"train.resume_from_checkpoint: {checkpoint} is not whole: {reason}; take an earlier one, or auto")
+    if needs_best and _best_problem(checkpoint) is not None:
+        return replace(plan, skipped=(_best_lost(checkpoint),), best_lost=True)
+    return plan
+
+
+def _best_problem(checkpoint: Path) -> str | None:
+    """Why the best checkpoint that a whole one refers to cannot be used; None where it can, or there is none."""
+    step, best = (json.loads((checkpoint / STATE).read_bytes()).get(key, -1) for key in ("step", "best_step"))
+    if best <= 0 or best == step:
+        return None
+    reason = verify(checkpoint.with_name(f"checkpoint-{best}"), run_id=run_id_of(checkpoint))
+    return None if reason is None else f"its best checkpoint-{best} cannot be used ({reason})"
+
+
+def _best_lost(checkpoint: Path) -> str:
+    return f"{checkpoint.name} is used, but {_best_problem(checkpoint)}: the best adapter is chosen among later evaluations"
+
+
+def _run_id(folder: Path) -> str | None:
+    """The run of this folder: what `run.json` says, else the newest checkpoint that verifies; None if neither names one."""
+    found = read_run_id(folder)
+    newest = find_checkpoint(folder, lambda path, why: None) if found is None else None
+    return found if newest is None else run_id_of(newest)
+
+
+def _cannot_write(folder: Path, error: OSError) -> UserError:
+    return UserError(f"train.output_dir: {folder} cannot be written ({error}); choose another folder or free space")
 
 
 def _require_writable(folder: Path) -> None:
@@ -108,25 +224,6 @@ def _require_writable(folder: Path) -> None:
         ) from error
 
 
-def lock_folder(folder: Path) -> IO[str]:
-    """Keep other runs out of the folder for as long as the returned file is open (the system lets go when a process dies).
-
-    Raises:
-        UserError: another process is running in it.
-    """
-    handle = (folder / LOCK).open("a")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        handle.close()
-        raise UserError(f"train.output_dir: another run is at work in {folder}; wait for it, or choose another folder") from error
-    except OSError as error:  # a file system without locks
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        logger.warning("%s: this file system has no locks, two runs in one folder would not be noticed", folder)
-    return handle
-
-
 def changed_settings(folder: Path, config: Mapping[str, Any]) -> list[str]:
     """Settings that differ from those of the earlier attempt in this folder, one line each."""
     file = folder / CONFIG
@@ -143,42 +240,62 @@ def changed_settings(folder: Path, config: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def claim_folder(plan: FolderPlan, config: Mapping[str, Any], note: Callable[[str], None]) -> IO[str]:
-    """Carry the plan out, once every other part of the run has been checked. Rank 0 only. Returns the lock, to be kept open.
+@dataclass(frozen=True)
+class Claim:
+    """The run folder, held by this process (rank 0)."""
+
+    folder: HeldFolder
+    attempt: int
+    """number of this start"""
+
+
+def claim_folder(plan: FolderPlan, config: Mapping[str, Any], note: Callable[[str], None], lock: IO[str] | None = None) -> Claim:
+    """Carry the plan out, once every other part of the run has been checked. Rank 0 only.
+
+    Args:
+        lock: of `wait_for_folder`.
 
     Raises:
         UserError: the folder cannot be written, or another run is at work in it.
     """
+    folder = plan.folder
     for text in plan.skipped:
         note(text)
     try:
-        if plan.folder.is_dir():
-            lock_folder(plan.folder).close()  # nobody is at work in what is about to be moved or cleaned
+        if folder.is_dir() and lock is None:
+            lock = lock_folder(folder)  # nobody is at work in what is about to be moved or cleaned
         if plan.move_aside:
-            note(f"moved the older run aside: {move_aside(plan.folder)}")
-        plan.folder.mkdir(parents=True, exist_ok=True)
-        clear_staging(plan.folder)
-        if plan.checkpoint is not None and plan.checkpoint.resolve().parent == plan.folder.resolve():
-            _set_later_aside(plan.folder, plan.checkpoint, note)
-        lock = lock_folder(plan.folder)
+            note(f"moved the older run aside: {move_aside(folder)}")
+            if lock is not None:
+                lock.close()
+            lock = None
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            flush(folder.parent)
+        lock = lock or lock_folder(folder)
+        run_id, run_text = make_run_id(folder, _run_id(folder), note)
+        clear_staging(folder)
+        if plan.own and plan.checkpoint is not None:
+            _set_later_aside(folder, plan.checkpoint, note)
         if plan.checkpoint is not None:
-            for text in changed_settings(plan.folder, config):
+            for text in changed_settings(folder, config):
                 note(text)
-        (plan.folder / CONFIG).write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        return lock
+        held = HeldFolder(folder, lock, run_id)
+        held.keep(RUN, run_text)
+        held.keep(CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
+        (folder / ATTEMPTS).mkdir(exist_ok=True)
+        return Claim(held, next_attempt(folder))
     except OSError as error:
-        raise UserError(
-            f"train.output_dir: {plan.folder} cannot be written ({error}); choose another folder or free space"
-        ) from error
+        raise _cannot_write(folder, error) from error
 
 
 def _set_later_aside(folder: Path, checkpoint: Path, note: Callable[[str], None]) -> None:
     """Going on from an older checkpoint: rename the later ones, so that they are not mistaken for this run's."""
     step = {path.resolve(): n for n, path in list_checkpoints(folder)}.get(checkpoint.resolve())
-    for later, path in list_checkpoints(folder):
+    for later, path in named_checkpoints(folder):
         if step is not None and later > step:
             target, n = path.with_name(f"superseded-{path.name}"), 1
-            while target.exists():
+            while os.path.lexists(target):
                 target, n = path.with_name(f"superseded-{n}-{path.name}"), n + 1
             path.rename(target)
             note(f"set a later checkpoint aside: {target.name}")

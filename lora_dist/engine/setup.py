@@ -6,9 +6,9 @@ Order: cheap checks first (folder, checkpoint), then base, guard, adapter, data,
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from lora_dist.data.loader import StepLoader
 from lora_dist.data.sources import TextSource
 from lora_dist.data.text import hold_out, load_windows
 from lora_dist.data.windows import Windows
+from lora_dist.engine.attempts import Attempt
 from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, require_finite
 from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
-from lora_dist.engine.folder import LOG, METRICS, check_folder, claim_folder
+from lora_dist.engine.held import HeldFolder
+from lora_dist.engine.opening import Opening, versions
 from lora_dist.engine.pattern import FoundPattern, adapter_pattern
 from lora_dist.engine.schedule import warmup_steps
 from lora_dist.engine.step import Stepper
@@ -64,23 +66,34 @@ class Parts:
     metrics: MetricsFile
     tracker: WandbSink | None
     versions: dict[str, str]
-    lock: Any
-    """open file that keeps other runs out of the folder, on rank 0"""
+    run_id: str
+    attempt_number: int
+    """starts of this run, this one included"""
+    folder: HeldFolder | None
+    """on rank 0"""
+    attempt: Attempt | None
+    """on rank 0"""
 
 
-def build(config: RunConfig, world: World, console: Console) -> Parts:
+def build(config: RunConfig, world: World, console: Console, *, argv: Sequence[str] = ()) -> Parts:
     """Make everything a run needs, or stop with one clear line before anything is written or lost.
+
+    Args:
+        argv: command line, for the record.
 
     Raises:
         UserError, GuardError: on every rank.
     """
-    plan = world.on_main(
-        lambda: check_folder(
-            Path(config.train.output_dir),
-            resume=config.train.resume_from_checkpoint,
-            overwrite=config.train.overwrite_output_dir,
-        )
-    )
+    opening = Opening(config, world, console)
+    try:
+        return _build(config, world, console, opening, argv)
+    except BaseException:
+        opening.close()
+        raise
+
+
+def _build(config: RunConfig, world: World, console: Console, opening: Opening, argv: Sequence[str]) -> Parts:
+    plan = opening.plan
     output_dir = plan.folder
     checkpoint = load_checkpoint(plan.checkpoint) if plan.checkpoint is not None else None
     batch = _batch(config, world, checkpoint)
@@ -108,16 +121,12 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
     state = TrainState(seed=train.seed, num_samples=len(train_windows), data_digest=train_windows.digest)
     if checkpoint is not None:
         state = _resume(checkpoint, state, strategy)
-        if checkpoint.path.resolve().parent != output_dir.resolve():
+        if plan.best_lost or not plan.own:
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
-    metrics = MetricsFile(output_dir / METRICS)
-    locks: list[Any] = []  # of rank 0
     train_batch = (batch.global_batch, train.per_device_train_batch_size, train.gradient_accumulation_steps, world.size)
     state.global_batch, state.micro_batch, state.accumulation, state.processes = train_batch
     # Nothing was written before this line.
-    world.on_main(lambda: locks.append(claim_folder(plan, dataclasses.asdict(config), console.note)))
-    console.open_log(output_dir / LOG)
-    world.on_main(lambda: metrics.drop_after(state.step if checkpoint is not None else -1))
+    opening.claim(argv, first_step=state.step, total_steps=total_steps, resumed=checkpoint is not None)
     if checkpoint is not None:
         console.resumed(checkpoint.path, state.step, world.size)
     for note in batch.notes:
@@ -140,10 +149,13 @@ def build(config: RunConfig, world: World, console: Console) -> Parts:
         output_dir=output_dir,
         total_steps=total_steps,
         warmup=warmup_steps(total_steps, train.warmup_steps, train.warmup_ratio),
-        metrics=metrics,
+        metrics=opening.metrics,
         tracker=_tracker(config, world, output_dir, state),
-        versions=_versions(),
-        lock=locks[0] if locks else None,
+        versions=versions(),
+        run_id=opening.run_id,
+        attempt_number=opening.attempt_number,
+        folder=opening.folder,
+        attempt=opening.attempt,
     )
 
 
@@ -360,7 +372,3 @@ def _tracker(config: RunConfig, world: World, output_dir: Path, state: TrainStat
     )
     state.tracker_run_id = tracker.run_id
     return tracker
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "safetensors", "lora_dist")}

@@ -1,16 +1,23 @@
-"""The lines of workflow W1, word for word and in its order, to the terminal and to `train.log`. Rank 0 only.
+"""The lines of workflow W1, word for word and in its order, to the terminal and to log files. Rank 0 only.
 
-Takes plain numbers; the loop decides when to call what.
+Takes plain numbers; the loop decides when to call what. Neither a full disk nor a terminal that is gone ends the run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
+
+from lora_dist.log import logger
+from lora_dist.monitor.line_file import LineFile
 
 RULE = "=" * 40
 BAR_WIDTH = 33
@@ -40,51 +47,76 @@ class ProgressBar:
         self._bar = tqdm(total=total, desc=label, disable=not console.enabled, file=sys.stderr, dynamic_ncols=True, leave=True)
 
     def update(self) -> None:
-        self._bar.update()
+        with contextlib.suppress(OSError):  # stderr may be a file on a full disk: a picture less
+            self._bar.update()
 
     def close(self) -> None:
         if self._console.enabled:
             line = str(self._bar)
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._console.log_only(line)
 
 
 class Console:
-    """Prints on rank 0, and appends the same lines to a log file once there is one."""
+    """Prints on rank 0, and appends the same lines to log files once there are some. `line` may be called from several threads."""
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None):
         self.enabled = enabled
         self._stream = stream or sys.stdout
-        self._log: TextIO | None = None
+        self._logs: list[LineFile] = []
         self._pending: list[str] = []
         self._last_line = ""
+        self._stream_failing = False
 
-    def open_log(self, file: Path) -> None:
-        """Append to `file` from now on, what was printed before included."""
+    def open_log(self, *files: Path) -> None:
+        """Append to these files from now on, what was printed before included."""
         if self.enabled:
-            self._log = file.open("a", encoding="utf-8")
+            self._logs = [LineFile(file) for file in files]
             for line in self._pending:
                 self.log_only(line)
             self._pending = []
 
     def close(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        """Try once more to write what could not be written, and tell how much is missing."""
+        for log in self._logs:
+            missing = log.flush()
+            if missing:
+                logger.warning("%s lacks %d lines: it could not be written", log.file, missing)
+        self._logs = []
+        if self._stream_failing:
+            self._give_up_stream()  # or the interpreter would end with code 120 on flushing it
 
     def log_only(self, line: str) -> None:
-        if self._log is not None:
-            self._log.write(line + "\n")
-            self._log.flush()
-        else:
+        for log in self._logs:
+            log.write(line)
+        if not self._logs:
             self._pending.append(line)
 
     def line(self, text: str = "") -> None:
         """Print and log one line; two blank lines never follow each other."""
         if self.enabled and not (text == "" and self._last_line == ""):
             self._last_line = text
-            print(text, file=self._stream, flush=True)
+            self._print(text)
             self.log_only(text)
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, file=self._stream, flush=True)
+            self._stream_failing = False
+        except OSError as error:  # a file on a full disk, or nobody reads any more
+            if not self._stream_failing:
+                self.log_only(f"the console's output cannot be written ({error.strerror}): the run goes on")
+            self._stream_failing = True
+            if error.errno == errno.EPIPE:
+                self._give_up_stream()
+
+    def _give_up_stream(self) -> None:
+        """Print nowhere from now on."""
+        with contextlib.suppress(OSError, io.UnsupportedOperation):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
     def bar(self, total: int, label: str) -> ProgressBar:
         return ProgressBar(self, total, label)

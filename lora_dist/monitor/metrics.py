@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_dist.log import UserError
+from lora_dist.monitor.line_file import LineFile
+
 
 def _plain(value: Any) -> Any:
     """JSON has no NaN or infinity: written as null."""
@@ -16,39 +19,55 @@ def _plain(value: Any) -> Any:
 
 
 class MetricsFile:
-    """Appends records to one file.
+    """Appends records to one file; a disk that cannot be written does not end the run (`LineFile`).
 
     A resumed run first drops the records after the step it goes on from (`drop_after`), so that no step stands in the file twice.
     """
 
     def __init__(self, file: Path):
         self.file = file
+        self._lines = LineFile(file)
 
     def drop_after(self, step: int) -> int:
-        """Drop records of later steps, of an earlier end, and a half-written last line; returns how many went. Atomic."""
-        if not self.file.exists():
-            return 0
-        kept, dropped = [], 0
-        for line in self.file.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                later = record["step"] > step or record["event"] == "final"
-            except (json.JSONDecodeError, KeyError):
-                later = True  # cut off by the kill
-            if later:
-                dropped += 1
-            else:
-                kept.append(line + "\n")
-        staging = self.file.with_suffix(".tmp")
-        staging.write_text("".join(kept), encoding="utf-8")
-        os.replace(staging, self.file)
+        """Drop records of later steps, of an earlier end, and what is no record (a half-written line); returns how many went. Atomic.
+
+        Raises:
+            UserError: the file cannot be read or written.
+        """
+        try:
+            if not self.file.exists():
+                return 0
+            kept, dropped = [], 0
+            for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
+                if _stays(line, step):
+                    kept.append(line + "\n")
+                else:
+                    dropped += 1
+            staging = self.file.with_suffix(".tmp")
+            with staging.open("w", encoding="utf-8") as handle:
+                handle.write("".join(kept))
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(staging, self.file)
+        except OSError as error:
+            raise UserError(f"train.output_dir: {self.file} cannot be rewritten ({error.strerror}); free space") from error
         return dropped
 
     def write(self, step: int, event: str, values: Mapping[str, float | int | str | bool | None]) -> None:
         """One record: step, event (train, eval, save, final, ...) and values with units in their names."""
-        record = {"step": step, "event": event, **{k: _plain(v) for k, v in values.items()}}
-        with self.file.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+        self._lines.write(json.dumps({"step": step, "event": event, **{k: _plain(v) for k, v in values.items()}}))
+
+    def close(self) -> int:
+        """Try once more to write what could not be written; how many records are not in the file."""
+        return self._lines.flush()
+
+
+def _stays(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return bool(record["step"] <= step and record["event"] != "final")
+    except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a kill
+        return False
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
