@@ -73,8 +73,19 @@ class Stop:
         for number in SIGNALS:
             self._before[number] = signal.signal(number, _nothing)
         signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=self._leave_child)
         self._thread = threading.Thread(target=self._listen, args=(self._pipe[0],), name="signals", daemon=True)
         self._thread.start()
+
+    def _leave_child(self) -> None:
+        """A forked process would write the signals it gets into this one's pipe. Those that load batches ignore them, for only this process
+        decides when to stop; those that tokenise, before training, are ended by SIGTERM as ever."""
+        if self._pipe is None:
+            return
+        self._pipe = None
+        signal.set_wakeup_fd(-1)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if self._training else handler)  # type: ignore[arg-type]
 
     def training_starts(self) -> None:
         """From here on a signal waits for the next place to stop."""

@@ -22,6 +22,7 @@ from lora_dist.log import EXIT_STOPPED, UserError
 from lora_dist.monitor.advice import out_of_memory
 from lora_dist.monitor.console import Console
 from lora_dist.parallel import World, launcher_restarts, lost_process
+from lora_dist.parallel.slurm import job_end_time_s
 
 
 def train(
@@ -77,9 +78,11 @@ def train(
 
 
 def _deadline(config: RunConfig) -> float | None:
-    """When the run has to have ended, seconds since the epoch: `train.max_runtime` after this process started."""
-    limit_s = seconds(config.train.max_runtime) if config.train.max_runtime is not None else None
-    return None if limit_s is None else psutil.Process().create_time() + limit_s
+    """When the run has to have ended, seconds since the epoch: `train.max_runtime` after this process started, or with its Slurm job."""
+    limits = [job_end_time_s()]
+    if config.train.max_runtime is not None:
+        limits.append(psutil.Process().create_time() + (seconds(config.train.max_runtime) or 0.0))
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _exit_code(reason: str) -> int:
