@@ -253,6 +253,30 @@ class GuardArgs:
 
 
 @dataclass
+class HealthArgs:
+    """What to do when numbers go wrong or a process hangs."""
+
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """A step whose loss or gradients are not finite: stop (saved at the step before), skip (leave its batch out) or rollback (go back to
+    the newest checkpoint and on behind the batch). Every time, what was found is written to post-mortem/ in the run folder."""
+    max_skips: int = 10
+    """Batches left out in the whole run before it stops."""
+    max_rollbacks: int = 3
+    """Rollbacks in the whole run before it stops."""
+    spike_nats: float | None = None
+    """Roll back a step whose loss is so many nats above the median of the last 32 (16 at least); default: never."""
+    hang_timeout_s: float = 600.0
+    """End the run, saying which process hangs and where, when none has made progress for so long (a micro-batch, an evaluation batch, a
+    save); 0: wait for ever."""
+
+    def problems(self) -> Iterator[str]:
+        yield from _positive("health", self, "spike_nats")
+        for name in ("max_skips", "max_rollbacks", "hang_timeout_s"):
+            if getattr(self, name) < 0:
+                yield f"health.{name}: found {getattr(self, name)}, expected 0 or more"
+
+
+@dataclass
 class ParallelArgs:
     """How the run is spread over processes."""
 
@@ -328,9 +352,16 @@ class RunConfig:
     data: DataArgs = field(default_factory=DataArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
     guard: GuardArgs = field(default_factory=GuardArgs)
+    health: HealthArgs = field(default_factory=HealthArgs)
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     tracker: TrackerArgs = field(default_factory=TrackerArgs)
 
     def problems(self) -> list[str]:
         """Every value that is out of range or contradicts another, one line each: found, expected, key."""
-        return [line for f in dataclasses.fields(self) for line in getattr(self, f.name).problems()]
+        lines = [line for f in dataclasses.fields(self) for line in getattr(self, f.name).problems()]
+        if self.health.hang_timeout_s >= self.parallel.timeout_s > 0:
+            lines.append(
+                f"health.hang_timeout_s: found {self.health.hang_timeout_s:g} with parallel.timeout_s {self.parallel.timeout_s:g}, "
+                "expected less (0: off), or a collective gives up before it can be said which process hangs"
+            )
+        return lines

@@ -56,6 +56,14 @@ class TrainState:
     accumulation: int = 0
     """train.gradient_accumulation_steps, likewise"""
     processes: int = 0
+    skipped_batches: int = 0
+    """left out by health.non_finite skip, in the whole run"""
+    rollbacks: int = 0
+    """by health.non_finite rollback and health.spike_nats, in the whole run"""
+    recent_losses: list[float] = field(default_factory=list)
+    """of the last steps that moved the optimizer, oldest first"""
+    recent_grad_norms: list[float] = field(default_factory=list)
+    """of the same steps"""
     extra: dict[str, Any] = field(default_factory=dict)
     """room for later versions"""
 

@@ -17,11 +17,12 @@ from lora_dist.data.loader import StepBatch
 from lora_dist.engine.checkpoint import ADAPTER
 from lora_dist.engine.evaluations import Evaluations
 from lora_dist.engine.folder import publish_files
+from lora_dist.engine.health import Health
 from lora_dist.engine.memory import peak_memory_gib
 from lora_dist.engine.saver import Saver
 from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
-from lora_dist.engine.step import StepResult
+from lora_dist.engine.step import NonFiniteError, StepResult
 from lora_dist.engine.stop import Stop, Stopped, first_reason
 from lora_dist.evaluation.perplexity import EvalResult
 from lora_dist.log import UserError
@@ -48,6 +49,7 @@ class Loop:
         self.stop = stop or Stop()
         self.saver = Saver(parts, self._record)
         self.evaluations = Evaluations(parts, self._record, self._stop_if_asked)
+        self.health = Health(parts, self.saver, self._record)
         self.train = parts.config.train
         self._started_s = time.perf_counter()
         self._time_before_s = parts.state.train_time_s
@@ -85,6 +87,9 @@ class Loop:
         except Stopped as stopped:
             self._stop(stopped.reason)
             return Ended(None, stopped.reason)
+        except NonFiniteError:
+            self._stop("the next step cannot be taken")
+            raise
         finally:
             self.saver.close()
 
@@ -97,7 +102,10 @@ class Loop:
         p.strategy.module.train()
         for batch in p.loader.steps_from(state.cursor):
             total_tokens = self._agree_to_go_on(batch)
-            self._log(self._step(batch, total_tokens))
+            result = self._step(batch, total_tokens)
+            if result is None:
+                continue
+            self._log(result)
             if state.step % p.config.guard.every == 0:
                 self._checked_everywhere(f"at step {state.step}")
             self._evaluate_and_save()
@@ -147,22 +155,29 @@ class Loop:
             except UserError as error:
                 p.console.warning(f"{where}, but it could not be saved ({error}): --resume auto goes on from the last checkpoint")
 
-    def _step(self, batch: StepBatch, total_tokens: float) -> StepResult:
+    def _step(self, batch: StepBatch, total_tokens: float) -> StepResult | None:
+        """Collective: one step, and what becomes of it; None after going back to a checkpoint, from which the next batch goes on."""
         p, state = self.parts, self.state
         rate = self._rate(state.step)
-        result = p.stepper.run(batch.micro_batches, total_tokens, rate=rate, step=state.step + 1)
+        result = p.stepper.run(
+            batch.micro_batches, total_tokens, rate=rate, step=state.step + 1, loss_limit=self.health.loss_limit()
+        )
+        state.train_time_s = self._elapsed_s()
+        self._step_times_s.append(result.step_time_s)
+        self._since_log_s += result.step_time_s
+        if result.problem is not None:
+            return result if self.health.handle(result.problem, batch, rate) == "skip" else None
         state.step += 1
         state.cursor = batch.cursor_after
         state.tokens += result.label_tokens
         state.loss_window_sum += result.loss
         state.loss_window_steps += 1
         state.skipped_steps += not result.applied
-        state.train_time_s = self._elapsed_s()
+        if result.applied:
+            self.health.took(result)
         if p.strategy.loss_scale is not None:
             state.loss_scale, state.loss_scale_good_steps = p.strategy.loss_scale.scale, p.strategy.loss_scale.good_steps
-        self._step_times_s.append(result.step_time_s)
         self._since_log_tokens += result.label_tokens
-        self._since_log_s += result.step_time_s
         if len(self._step_times_s) == min(EXPECT_AFTER_STEPS, p.total_steps):
             p.console.expected_time(self._expected_s())
         return result
@@ -174,6 +189,8 @@ class Loop:
         last = state.step == p.total_steps
         if not (state.step % train.logging_steps == 0 or last or (state.step == 1 and train.logging_first_step)):
             return
+        if state.loss_window_steps == 0:
+            return  # every step since the last line was left out
         loss = state.loss_window_sum / state.loss_window_steps
         state.loss_window_sum, state.loss_window_steps, state.last_train_loss = 0.0, 0, loss
         rate, epoch = self._rate(state.step - 1), self.state.cursor / len(p.train_windows)

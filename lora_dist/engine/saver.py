@@ -2,8 +2,8 @@
 
 Training waits for the copy only. A save waits for the one before it. What became of a save is told to all processes before the next
 step; a failed one leaves the last good checkpoint in force, and `train.max_failed_saves` in a row stop the run. A best adapter whose
-save failed stays in memory and is written again beside the next one. Called by `engine/loop.py`; every public method but `news`
-and `close` is a collective.
+save failed stays in memory and is written again beside the next one. Called by `engine/loop.py`; every public method but `news`,
+`went_back` and `close` is a collective.
 """
 
 from __future__ import annotations
@@ -151,6 +151,10 @@ class Saver:
             self.wait()
             if self.saved_step != step or self._owes_best:
                 time.sleep(RETRY_AFTER_S)
+
+    def went_back(self) -> None:
+        """The run has gone back to a checkpoint, which is what stands on disk now. No save is running. No collective."""
+        self.saved_step, self._owes_best, self._owed = self._parts.state.step, False, None
 
     def close(self) -> None:
         """Let a save that is running end, whatever ended the run; its outcome is told to nobody any more but the log."""

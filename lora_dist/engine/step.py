@@ -1,27 +1,82 @@
 """One optimizer step: forward and backward over its micro-batches, the gradients' sum, clipping, the update.
 
 The loss is the cross-entropy summed over the label tokens of the whole step (all micro-batches, all processes) divided by their
-number, so how a batch is split changes nothing (design section 6). A non-finite loss or gradient stops every process before the
-optimizer moves. Called by `engine/loop.py` only.
+number, so how a batch is split changes nothing (design section 6). Behind a loss or gradients that are not finite the optimizer does
+not move on any process; what was found is reported, and `engine/health.py` decides. Called by `engine/loop.py` only.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lora_dist.data.loader import MicroBatch
+from lora_dist.data.loader import IGNORE_LABEL, MicroBatch
 from lora_dist.log import UserError
 from lora_dist.models.loss import causal_loss_sum
 from lora_dist.parallel import Strategy, World
 
+Mark = Callable[[str, int, int], None]
+"""told where the process is: phase, step, number of the micro-batch (-1: of none)"""
+
 
 class NonFiniteError(UserError):
     """Loss or gradients are not finite; no process has moved its optimizer."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a process saw of one of its micro-batches."""
+
+    loss: float
+    """mean over the micro-batch's label tokens, nats; 0 without any"""
+    label_tokens: int
+    windows: tuple[int, ...]
+    """numbers of its training windows; -1: filler"""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a step was not taken; equal on all processes."""
+
+    step: int
+    kind: Literal["loss", "gradient", "overflow", "spike"]
+    """`overflow`: fp16 overflows at the smallest loss scale; `spike`: a loss above the limit that was given"""
+    value: float
+    """the loss; where it is finite and no spike, the gradients' norm"""
+    parameters: tuple[str, ...]
+    """with non-finite gradients on any process, in the model's order"""
+    ranks: tuple[int, ...]
+    """whose micro-batches it came from; empty where only the sum over processes is known"""
+    seen: tuple[tuple[Seen, ...], ...]
+    """by rank, by micro-batch"""
+
+    def describe(self) -> str:
+        """What was found, where, and what was expected."""
+        rank, batch = self.worst()
+        windows = ", ".join(str(n) for n in self.seen[rank][batch].windows if n >= 0)
+        where = f"rank {rank}, micro-batch {batch}, windows {windows}" if self.ranks else "the sum over processes"
+        if self.kind == "gradient":
+            name = self.parameters[0] if self.parameters else "their norm"
+            return (
+                f"step {self.step}: found a non-finite gradient in {name} ({len(self.parameters)} parameters; {where}), "
+                "expected finite ones"
+            )
+        if self.kind == "overflow":
+            return f"step {self.step}: fp16 still overflows at the smallest loss scale ({where})"
+        expected = "a finite one" if self.kind == "loss" else "one near those before it"
+        return f"step {self.step}: found a loss of {self.value} ({where}), expected {expected}"
+
+    def worst(self) -> tuple[int, int]:
+        """(rank, micro-batch) to look at first: the first loss that is not finite, else the highest, among `ranks` if they are known."""
+        found = [(r, b, seen.loss) for r in self.ranks or range(len(self.seen)) for b, seen in enumerate(self.seen[r])]
+        rank, batch, _ = max(found, key=lambda entry: (not math.isfinite(entry[2]), math.isfinite(entry[2]) and entry[2]))
+        return rank, batch
 
 
 @dataclass(frozen=True)
@@ -31,11 +86,12 @@ class StepResult:
     loss: float
     """mean over the step's label tokens, nats"""
     grad_norm: float
-    """before clipping"""
+    """before clipping; not a number where the loss alone stopped the step"""
     label_tokens: int
     applied: bool
-    """False where fp16 overflowed and the update was skipped"""
+    """False where nothing moved: fp16 overflowed, or there is a problem"""
     step_time_s: float
+    problem: Problem | None = None
 
 
 class Stepper:
@@ -43,56 +99,85 @@ class Stepper:
 
     def __init__(self, strategy: Strategy, world: World):
         self.strategy, self.world = strategy, world
+        self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over label tokens, on the device
 
-    def run(self, micro_batches: Sequence[MicroBatch], total_tokens: float, *, rate: float, step: int) -> StepResult:
+    def run(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        total_tokens: float,
+        *,
+        rate: float,
+        step: int,
+        loss_limit: float = math.inf,
+        mark: Mark = lambda phase, step, micro_batch: None,
+    ) -> StepResult:
         """Collective. `total_tokens`: label tokens of all ranks; `step`: the number of this step, from 1, for messages.
 
+        Args:
+            loss_limit: a loss above it is a problem, and the step is not taken.
+            mark: told of every phase.
+
         Raises:
-            NonFiniteError: on every process, naming step and parameter.
+            NonFiniteError: on every process, for a step without any label token.
         """
         start = time.perf_counter()
         self.strategy.zero_grad()
         if total_tokens == 0:
             raise NonFiniteError(f"step {step}: found no label token in the whole step, expected text")
-        loss_sum = self._backward(micro_batches, total_tokens)
+        loss_sum = self._backward(micro_batches, total_tokens, step, mark)
+        mark("agreeing on the loss", step, -1)
         # A wait for the device: the optimizer may move only behind a finite loss.
         loss = self.world.sum([float(loss_sum)])[0] / total_tokens
-        if loss - loss != 0.0:
-            raise NonFiniteError(
-                f"step {step}: found a loss of {loss}, expected a finite one; lower train.learning_rate{self._fp16()}"
-            )
-        update = self.strategy.update(rate)
-        if not update.applied:
-            self._not_applied(step)
-        return StepResult(loss, update.grad_norm, int(total_tokens), update.applied, time.perf_counter() - start)
+        finite = math.isfinite(loss)
+        problem, norm, applied = None, math.nan, False
+        if finite and loss <= loss_limit:
+            mark("the optimizer's step", step, -1)
+            update = self.strategy.update(rate)
+            norm, applied = update.grad_norm, update.applied
+            if not applied:
+                problem = self._not_applied(step, norm, micro_batches)
+        else:
+            problem = self._problem(step, "spike" if finite else "loss", loss, micro_batches)
+            self.strategy.discard()
+        return StepResult(loss, norm, int(total_tokens), applied, time.perf_counter() - start, problem)
 
-    def _backward(self, micro_batches: Sequence[MicroBatch], total_tokens: float) -> Tensor:
+    def _backward(self, micro_batches: Sequence[MicroBatch], total_tokens: float, step: int, mark: Mark) -> Tensor:
         """Gradients of the step's mean loss; returns this rank's loss sum, on the device."""
         device = self.world.device
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._losses.clear()
         for i, batch in enumerate(micro_batches):
+            mark("forward and backward", step, i)
             torch.manual_seed(batch.dropout_seed)  # dropout is counted, not carried: same position, same masks
             loss = causal_loss_sum(self.strategy.module, batch.input_ids_BL.to(device), batch.labels_BL.to(device))
+            self._losses.append(loss.detach())
             loss_sum += loss.detach().double()
             self.strategy.backward(loss / total_tokens, last=i == len(micro_batches) - 1)
         return loss_sum
 
-    def _not_applied(self, step: int) -> None:
-        """Under fp16 an overflow is normal, down to the floor of the scale; anything else stops the run."""
+    def _not_applied(self, step: int, norm: float, micro_batches: Sequence[MicroBatch]) -> Problem | None:
+        """Collective. Under fp16 an overflow is normal, down to the floor of the scale; anything else is a problem."""
         scale = self.strategy.loss_scale
-        if scale is None:
-            names = self.strategy.non_finite()
-            self.world.agree(None if not names else self._non_finite_gradient(step, names[0], len(names)))
-            raise self._non_finite_gradient(step, "the norm", 0)
-        if scale.exhausted:
-            raise NonFiniteError(f"step {step}: fp16 still overflows at a loss scale of {scale.scale:g}; use train.bf16")
+        if scale is not None and not scale.exhausted:
+            return None
+        return self._problem(step, "gradient" if scale is None else "overflow", norm, micro_batches)
 
-    @staticmethod
-    def _non_finite_gradient(step: int, name: str, count: int) -> NonFiniteError:
-        return NonFiniteError(
-            f"step {step}: found a non-finite gradient in {name} ({count} parameters), expected finite ones; "
-            "lower train.learning_rate"
-        )
-
-    def _fp16(self) -> str:
-        return ", or use train.bf16" if self.strategy.loss_scale is not None else ""
+    def _problem(
+        self, step: int, kind: Literal["loss", "gradient", "overflow", "spike"], value: float, micro_batches: Sequence[MicroBatch]
+    ) -> Problem:
+        """Collective: what every process saw of the step, put together."""
+        seen = []
+        for batch, loss in zip(micro_batches, self._losses, strict=True):
+            tokens = int((batch.labels_BL[:, 1:] != IGNORE_LABEL).sum())
+            seen.append(Seen(float(loss) / max(tokens, 1), tokens, batch.windows))
+        own = self.strategy.own_gradients_finite() if kind in ("gradient", "overflow") else None
+        everywhere = self.world.gather((tuple(seen), self.strategy.non_finite(), own))
+        bad_names = {name for _, names, _ in everywhere for name in names}
+        if kind == "loss":
+            ranks = [r for r, (each, _, _) in enumerate(everywhere) if not all(math.isfinite(s.loss) for s in each)]
+        elif kind == "spike":
+            ranks = list(range(self.world.size))
+        else:
+            ranks = [r for r, (_, _, finite) in enumerate(everywhere) if finite is False]
+        parameters = tuple(name for name in self.strategy.trainable if name in bad_names)
+        return Problem(step, kind, value, parameters, tuple(ranks), tuple(each for each, _, _ in everywhere))
