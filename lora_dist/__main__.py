@@ -16,6 +16,7 @@ VERBS = {
     "eval": "loss and perplexity of a model, with or without an adapter",
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
     "generate": "continue a prompt",
+    "submit": "check a training run and queue it under Slurm, to be requeued until it is complete",
     "rendezvous": "hold the meeting point of an elastic run, outside of its machines",
     "doctor": "examine this machine before a run: versions, GPUs, disk, network, collectives, strategies; with remedies",
     "inspect": "show a model's or adapter's pattern, layer by layer, and what is wrong with it",
@@ -60,24 +61,36 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _is_main_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0  # without torch, so that bad input is answered at once
+
+
+def join_slurm_step() -> None:
+    """Under plain `srun`, set the rank variables that launchers set. Elsewhere nothing is imported."""
+    if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ:
+        from lora_dist.parallel.slurm import adopt_step
+
+        adopt_step()
+
+
 def run_reporting(name: str, work: Callable[[], int]) -> int:
     """Run a command's work; a `UserError` becomes one line a problem on stderr, from rank 0 only."""
     from lora_dist.log import UserError
 
-    end_with_launcher()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a sign shows "?" instead of ending the run
-    main_process = int(os.environ.get("RANK", "0")) == 0  # without torch, so that bad input is answered at once
     try:
+        join_slurm_step()
+        end_with_launcher()
         return work()
     except UserError as error:
-        if main_process:
+        if _is_main_process():
             for problem in error.problems:
                 print(f"{name}: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if main_process:
+        if _is_main_process():
             print(f"{name}: interrupted; a run goes on from its last checkpoint with --resume auto", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

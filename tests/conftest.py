@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="also run all pairs of strategies (tests marked `matrix`)")
+    parser.addoption("--cluster", action="store_true", help="also run the tests on a real Slurm (marked `cluster`)")
+    parser.addoption("--cluster-figures", metavar="FILE", help="write what each fault on the Slurm cost to this file, as JSON")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--matrix"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("matrix")]
+    absent = [name for name in ("matrix", "cluster") if not config.getoption(f"--{name}")]
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 

@@ -1,0 +1,68 @@
+"""The cluster, and the run that every job has to equal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.slurm import Cluster, missing
+from tests.runs import run
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    one = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        one.start()
+        yield one
+    finally:
+        one.stop()
+
+
+@pytest.fixture(scope="session")
+def config(tiny_base: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose steps take long enough (0.2 to 0.4 s) to be met in the middle, saved every 5 steps; dropout is on."""
+    folder = tmp_path_factory.mktemp("cluster")
+    values = {
+        "model": {"name_or_path": str(tiny_base)},
+        "data": {"dataset_name": str(tiny_text), "block_size": 64, "holdout_windows": 16, "cache_dir": str(folder / "cache")},
+        "train": {
+            "output_dir": str(folder / "reference"),
+            "max_steps": 40,
+            "gradient_accumulation_steps": 12,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "eval_steps": 20,
+            "save_steps": 5,
+        },
+    }
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.fixture(scope="session")
+def reference(config: Path) -> Path:
+    """Run folder of the uninterrupted run on two processes."""
+    run(2, "train", "--config", str(config))
+    return config.parent / "reference"
+
+
+@pytest.fixture(scope="session")
+def note(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[dict[str, dict[str, float]]]:
+    """What each fault cost; printed at the end, and written to `--cluster-figures FILE`."""
+    figures: dict[str, dict[str, float]] = {}
+    yield figures
+    file = pytestconfig.getoption("--cluster-figures")
+    if file:
+        Path(file).write_text(json.dumps(figures, indent=1) + "\n")
+    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    for fault, values in figures.items():
+        terminal.write_line(f"\n{fault}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
