@@ -64,11 +64,18 @@ class WorkerGroup:
             for machine in range(self.machines)
         ]
 
-    def run(self, *argv: str, verb: str = "train", code: int = 0, tamper: dict[str, Any] | None = None) -> Done:
-        """One job on all workers; fails the test if a rank ends with another code. `tamper`: see `worker.py`."""
+    def run(
+        self,
+        *argv: str,
+        verb: str = "train",
+        code: int = 0,
+        tamper: dict[str, Any] | None = None,
+        faults: list[dict[str, Any]] | None = None,
+    ) -> Done:
+        """One job on all workers; fails the test if a rank ends with another code. `tamper`: see `worker.py`; `faults`: `faults.py`."""
         job = self.folder / f"job-{self._jobs}"
         part = job.with_suffix(".part")
-        part.write_text(json.dumps({"verb": verb, "argv": list(argv), "tamper": tamper}))
+        part.write_text(json.dumps({"verb": verb, "argv": list(argv), "tamper": tamper, "faults": faults}))
         os.rename(part, job.with_suffix(".json"))
         self._jobs += 1
         files = [self.folder / f"{job.name}.rank-{rank}.json" for rank in range(self.processes)]

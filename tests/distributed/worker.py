@@ -34,6 +34,7 @@ from lora_dist.engine.train import train
 from lora_dist.generation import generate
 from lora_dist.log import UserError
 from lora_dist.parallel import World, close_world, init_world
+from tests.distributed.faults import inject
 
 POLL_S = 0.005
 
@@ -104,6 +105,8 @@ def run_train(argv: list[str], job: dict[str, Any], world: World, answer: dict[s
         strategies.append(parts.strategy)
         if job.get("tamper"):
             tamper(parts, job["tamper"])
+        if job.get("faults"):
+            inject(parts, job["faults"])
 
     answer["code"] = train(parse(RunConfig, argv, TRAIN), world, look=look)
     answer["facts"]["norms"] = strategies[0].trainable_norms()
