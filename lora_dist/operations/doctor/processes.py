@@ -6,9 +6,9 @@ GPUs the group is on nccl, one process a GPU (a GPU holds no two NCCL ranks), an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -24,7 +24,7 @@ from lora_dist.operations.doctor.environment import LAUNCHER_VARIABLES
 from lora_dist.operations.doctor.machine import usable_cores
 from lora_dist.operations.doctor.report import Finding, fail, ok, size_text, skip, time_text, warn
 from lora_dist.operations.doctor.versions import torch_cuda
-from lora_dist.operations.doctor.worker import COLLECTIVES, Job
+from lora_dist.operations.doctor.worker import COLLECTIVES, LAUNCHER_PID, Job
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 SAME_LOSS = 1e-5
@@ -121,12 +121,18 @@ def run_group(env: Mapping[str, str], group: Group, folder: Path) -> Iterator[di
     (folder / "job.json").write_text(json.dumps(asdict(group.job)))
     state = _State()
     with (folder / "log.txt").open("w") as log:
-        command = [
-            *(sys.executable, "-m", launcher.__name__, "--standalone", "--nproc_per_node", str(group.processes)),
-            *("-m", "lora_dist", "doctor", "--as-worker", str(folder)),
-        ]
+        options = (
+            "--standalone",
+            "--nproc_per_node",
+            str(group.processes),
+            "-m",
+            "lora_dist",
+            "doctor",
+            "--as-worker",
+            str(folder),
+        )
         process = subprocess.Popen(
-            command,
+            launcher.command(*options),
             env=worker_environment(env, group.processes),
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -134,11 +140,23 @@ def run_group(env: Mapping[str, str], group: Group, folder: Path) -> Iterator[di
             start_new_session=True,  # a Ctrl-C is this process's to handle
         )
         try:
+            (folder / LAUNCHER_PID).write_text(str(process.pid))
             yield from _follow(process, group, folder, state)
         finally:
-            process.kill()  # its workers end with it
-            process.wait()
+            _end(process)
     yield from _verdict(process.returncode, group, folder, state)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill torchrun and its workers, also one that is stopped, or too young to be tied to its launcher."""
+    import psutil
+
+    workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    process.wait()
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()
 
 
 def worker_environment(env: Mapping[str, str], processes: int) -> dict[str, str]:
@@ -188,13 +206,14 @@ def _new_events(file: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
 
 
 def _hung(group: Group, state: _State) -> Ended:
-    at = {rank: state.reached.get(rank, "its start") for rank in range(group.processes)}
-    order = ["its start", f"{group.job.backend} join: importing", *_items(group.job), "the end"]
+    join = f"{group.job.backend} join"
+    at = {rank: state.reached.get(rank, f"{join}: starting") for rank in range(group.processes)}
+    order = [f"{join}: starting", f"{join}: importing", *_items(group.job), "the end"]
     behind = min(at, key=lambda rank: order.index(at[rank]))
-    item = max((text for text in at.values()), key=order.index)
+    item = max(at.values(), key=order.index)
     same = len(set(at.values())) == 1
-    where = f"all {group.processes} processes are in it" if same else f"rank {behind} is still at {at[behind]}"
-    return Ended(item.removesuffix(": importing"), f"no progress for {time_text(group.job.timeout_s)}: {where}", hung=True)
+    where = f"all {group.processes} processes are at {item}" if same else f"rank {behind} is still at {at[behind]}"
+    return Ended(item.split(":")[0], f"no progress for {time_text(group.job.timeout_s)}: {where}", hung=True)
 
 
 def _items(job: Job) -> list[str]:

@@ -57,13 +57,16 @@ def check_save_time(context: Context) -> Generator[Finding, None, None]:
     except OSError as error:
         yield cannot_write(context.folder, error)
         return
+    yield judge(time_s, size, source, grace_s)
+
+
+def judge(time_s: float, size: int, source: str, grace_s: float) -> Finding:
     text = f"{time_text(time_s)} for {size_text(size)}, {size_text(size / time_s)}/s; grace {time_text(grace_s)} ({source})"
     if time_s > grace_s:
-        yield fail("time to save", text, REMEDIES)
-    elif time_s > grace_s / 2:
-        yield warn("time to save", f"{text}: more than half", REMEDIES)
-    else:
-        yield ok("time to save", text)
+        return fail("time to save", text, REMEDIES)
+    if time_s > grace_s / 2:
+        return warn("time to save", f"{text}: more than half", REMEDIES)
+    return ok("time to save", text)
 
 
 def save_like_a_run(inside: Path, size: int, limit_s: float) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ ROWS, LENGTH = 2, 32
 """windows a process, tokens a window"""
 STEPS = 3
 RATE = 1e-2
+LAUNCHER_PID = "launcher.pid"
 COLLECTIVES = ("barrier", "all_reduce", "broadcast", "all_gather")
 
 
@@ -58,6 +60,8 @@ class Record:
 
 def main(folder: Path, rank: int) -> int:
     """Do the job; 1 where something failed, which ends the group."""
+    if os.getppid() != int((folder / LAUNCHER_PID).read_text()):
+        return 1  # the launcher ended before the kernel could be asked to end this process with it
     record = Record(folder / f"rank-{rank}.jsonl")
     job = Job(**json.loads((folder / "job.json").read_text()))
     item = f"{job.backend} join"
