@@ -23,9 +23,9 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-# A machine is given up 10 s after its last sign of life, and a start waits 10 s for machines above the least number. torchrun's own: 15, 30.
+# A machine is given up 10 s after its last sign of life, and a start waits 5 s for machines above the least number. torchrun's own: 15, 30.
 # Machines tell the time of a sign of life by their own clocks, which must not be apart by more than that.
-QUICK=keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=10,read_timeout=20
+QUICK=keep_alive_interval=2,keep_alive_max_attempt=5,last_call_timeout=5,read_timeout=20
 
 find_rendezvous() { # -> MASTER_ADDR, MASTER_PORT, CONF
   if [ -n "${RDZV_ENDPOINT:-}" ]; then

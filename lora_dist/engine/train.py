@@ -21,7 +21,7 @@ from lora_dist.engine.stop import Stop
 from lora_dist.log import EXIT_STOPPED, UserError
 from lora_dist.monitor.advice import out_of_memory
 from lora_dist.monitor.console import Console
-from lora_dist.parallel import World, launcher_restarts, lost_process
+from lora_dist.parallel import World, launcher_restarts, lost_process, notice_lost_peers
 from lora_dist.parallel.slurm import job_end_time_s
 
 
@@ -44,7 +44,9 @@ def train(
     stop = Stop(deadline=_deadline(config), margin_s=config.train.stop_margin_s, exit_code=_exit_code)
     stop.install()
     try:
+        notice_lost_peers(config.parallel.peer_timeout_s)  # while loading, and again with the groups that the strategy has made
         parts = build(config, world, console, argv=argv)
+        notice_lost_peers(config.parallel.peer_timeout_s)
         look(parts)
         where = "while training"
         ended = Loop(parts, stop).run()

@@ -3,6 +3,7 @@
 from lora_dist.parallel.launch import World, close_world, init_world, launcher_restarts, lost_process
 from lora_dist.parallel.launcher_env import launch_problems
 from lora_dist.parallel.loss_scale import LossScale
+from lora_dist.parallel.peers import notice_lost_peers
 from lora_dist.parallel.replicated import Replicated
 from lora_dist.parallel.strategy import AdamWArgs, Placement, Reader, Strategy, StrategyError, Update, plain_name
 
@@ -21,5 +22,6 @@ __all__ = [
     "launch_problems",
     "launcher_restarts",
     "lost_process",
+    "notice_lost_peers",
     "plain_name",
 ]
