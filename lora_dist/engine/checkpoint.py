@@ -44,8 +44,8 @@ from lora_dist.models.export import flush
 from lora_dist.state import TrainState
 
 __all__ = [
-    "ADAPTER", "MANIFEST", "SET_ASIDE", "STATE", "Checkpoint", "Identity", "clear_staging", "find_checkpoint", "list_checkpoints",
-    "load_checkpoint", "named_checkpoints", "put_back", "retain", "run_id_of", "save_checkpoint", "tensor_norms", "verify",
+    "ADAPTER", "MANIFEST", "SET_ASIDE", "STATE", "Checkpoint", "Identity", "adapter_problem", "clear_staging", "find_checkpoint",
+    "list_checkpoints", "load_checkpoint", "named_checkpoints", "put_back", "retain", "run_id_of", "save_checkpoint", "tensor_norms", "verify",
 ]  # fmt: skip
 
 NORM_TOLERANCE = 1e-6  # relative
@@ -182,20 +182,43 @@ def _read_back(
     for name, text in texts.items():
         if (staging / name).read_text() != text:
             return f"{name} does not read as it was written"
-    adapter, moments = load_file(str(staging / ADAPTER / ADAPTER_FILE)), load_file(str(staging / OPTIMIZER))
-    for file, found_names, names in ((ADAPTER_FILE, set(adapter), set(norms)), (OPTIMIZER, set(moments), set(optimizer))):
-        if found_names != names:
-            odd = sorted(found_names ^ names)[0]
-            return f"{file} {'lacks' if odd in names else 'holds an unknown'} tensor {odd} ({len(found_names)} found, {len(names)} expected)"
+    moments = load_file(str(staging / OPTIMIZER))
+    problem = adapter_problem(staging / ADAPTER, norms) or _other_names(OPTIMIZER, moments, optimizer)
+    if problem is not None:
+        return problem
+    for name, tensor in moments.items():
+        if not _same_bits(tensor, optimizer[name]):
+            return f"{OPTIMIZER}: tensor {name} is not the one that was to be saved"
+    return None
+
+
+def adapter_problem(folder: Path, norms: Mapping[str, float]) -> str | None:
+    """The first difference of the adapter file in `folder` from the live adapter, named; None if there is none.
+
+    Args:
+        norms: as for `save_checkpoint`.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be read.
+    """
+    adapter = load_file(str(folder / ADAPTER_FILE))
+    odd = _other_names(ADAPTER_FILE, adapter, norms)
+    if odd is not None:
+        return odd
     for name, norm in tensor_norms(adapter).items():
         if adapter[name].numel() == 0:
             return f"{ADAPTER_FILE}: tensor {name} has shape {tuple(adapter[name].shape)}, expected elements"
         if not math.isclose(norm, norms[name], rel_tol=NORM_TOLERANCE):  # not a number is close to nothing
             return f"{ADAPTER_FILE}: tensor {name} has norm {norm:.9g}, expected {norms[name]:.9g} (the live adapter's)"
-    for name, tensor in moments.items():
-        if not _same_bits(tensor, optimizer[name]):
-            return f"{OPTIMIZER}: tensor {name} is not the one that was to be saved"
     return None
+
+
+def _other_names(file: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    odd = sorted(found.keys() ^ expected.keys())
+    if not odd:
+        return None
+    what = "lacks" if odd[0] in expected else "holds an unknown"
+    return f"{file} {what} tensor {odd[0]} ({len(found)} tensors found, {len(expected)} expected)"
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

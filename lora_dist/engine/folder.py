@@ -301,22 +301,35 @@ def _set_later_aside(folder: Path, checkpoint: Path, note: Callable[[str], None]
             note(f"set a later checkpoint aside: {target.name}")
 
 
-def publish_files(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary folder, then move each file to its name in `folder` at once.
+def publish_files(
+    folder: Path, write: Callable[[Path], object], check: Callable[[Path], str | None] = lambda staged: None
+) -> None:
+    """Let `write` fill a temporary folder, then move each file, flushed, to its name in `folder` at once.
+
+    Args:
+        check: looks at the files before they are moved; what is wrong with them, or None.
 
     Raises:
-        UserError: full or read-only disk.
+        UserError: full or read-only disk, or what `check` said.
     """
     staging = folder / ".saving-final"
+    advice = "the checkpoints are whole: free space and resume"
     try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         write(staging)
         for file in sorted(staging.iterdir()):
+            flush(file)
+        problem = check(staging)
+        if problem is not None:
+            raise UserError(f"train.output_dir: {folder}: {problem}; the checkpoints are whole: check the disk and resume")
+        for file in sorted(staging.iterdir()):
             os.replace(file, folder / file.name)
         staging.rmdir()
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise UserError(
-            f"train.output_dir: {folder} could not be written ({error}); the checkpoints are whole: free space and resume"
-        ) from error
+        raise UserError(f"train.output_dir: {folder} could not be written ({error}); {advice}") from error
+    except UserError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise

@@ -128,11 +128,10 @@ class HeldFolder:
                     f"train.output_dir: {self.path} cannot be used any more ({error.strerror}); mount or free it, or resume elsewhere"
                 ) from error
         if where is None:
-            text = f"the run folder {self.path} was removed while the run was at work; made anew; earlier checkpoints are gone"
-        else:
-            text = f"the run folder {self.path} was moved to {where} while the run was at work; made anew; earlier checkpoints are there"
-        logger.warning(text)
-        return text
+            return f"the run folder {self.path} was removed while the run was at work; made anew; earlier checkpoints are gone"
+        return (
+            f"the run folder {self.path} was moved to {where} while the run was at work; made anew; earlier checkpoints are there"
+        )
 
     def close(self) -> None:
         """Let others work in the folder."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lora_dist.adapter import adapter_tensors, read_adapter_tensors, save_adapter
 from lora_dist.data.loader import StepBatch
-from lora_dist.engine.checkpoint import ADAPTER
+from lora_dist.engine.checkpoint import ADAPTER, adapter_problem, verify
 from lora_dist.engine.evaluations import Evaluations
 from lora_dist.engine.folder import publish_files
 from lora_dist.engine.health import Health
@@ -260,6 +260,12 @@ class Loop:
             return None
         folder = p.output_dir / f"checkpoint-{state.best_step}"
         if state.best_step != state.step:
+            problem = p.world.on_main(lambda: verify(folder, run_id=p.run_id))
+            if problem is not None:
+                p.console.warning(
+                    f"the best adapter, {folder.name}, cannot be read ({problem}): keeping the adapter of the last step"
+                )
+                return None
             p.console.note(f"loading the best adapter, of step {state.best_step}")
             p.strategy.load_trainable(read_adapter_tensors(p.model, folder / ADAPTER, p.strategy.shapes))
         return folder.name
@@ -267,11 +273,16 @@ class Loop:
     def _finish(self, final: EvalResult | None, best: str | None) -> None:
         """Collective: the final adapter and tokenizer into the run folder, then the summary."""
         p, state = self.parts, self.state
-        trained = p.strategy.trainable_tensors()
+        trained, norms = p.strategy.trainable_tensors(), self.saver.live_norms()
 
         def write() -> None:
+            self.saver.ensure_folder()
             p.console.saving(p.output_dir)
-            publish_files(p.output_dir, lambda folder: save_adapter(p.model, folder, adapter_tensors(p.model, trained)))
+            publish_files(
+                p.output_dir,
+                lambda folder: save_adapter(p.model, folder, adapter_tensors(p.model, trained)),
+                lambda folder: adapter_problem(folder, norms),
+            )
             p.console.saved_files(p.output_dir / "adapter_config.json", p.output_dir / "adapter_model.safetensors")
             publish_files(p.output_dir, lambda folder: p.base.tokenizer.save_pretrained(str(folder)))
             p.console.tokenizer_saved(p.output_dir / "tokenizer_config.json")

@@ -68,6 +68,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")  # starts no thread before it is used
         self._running: Future[list[Outcome]] | None = None
         self._owed: Snapshot | None = None  # the best adapter, where its save failed; only the thread touches it while it runs
+        self._best: Snapshot | None = None  # to be written again where the run folder is removed under the run; as above
         self._failed_in_a_row = 0
         self.saved_step: int = parts.world.on_main(self._step_on_disk)
         """step of the newest state that is on disk, on every process; -1: none"""
@@ -84,19 +85,32 @@ class Saver:
         self.wait()
         start = time.perf_counter()
         trained, optimizer = p.strategy.trainable_tensors(), p.strategy.optimizer_tensors()
-        norms = p.strategy.trainable_norms()
+        norms = self.live_norms()
         if not p.world.is_main:
             return
-        in_file = adapter_tensors(p.model, {name: torch.tensor(norm, dtype=torch.float64) for name, norm in norms.items()})
         snapshot = Snapshot(
-            copy.deepcopy(p.state),
-            adapter_tensors(p.model, trained),
-            optimizer,
-            {name: float(norm) for name, norm in in_file.items()},
-            time.perf_counter() - start,
+            copy.deepcopy(p.state), adapter_tensors(p.model, trained), optimizer, norms, time.perf_counter() - start
         )
         p.console.saving(p.output_dir / f"checkpoint-{p.state.step}")
         self._running = self._thread.submit(self._write, snapshot)
+
+    def live_norms(self) -> dict[str, float]:
+        """2-norms of the live adapter, by the names in its file."""
+        p = self._parts
+        norms = {name: torch.tensor(norm, dtype=torch.float64) for name, norm in p.strategy.trainable_norms().items()}
+        return {name: float(norm) for name, norm in adapter_tensors(p.model, norms).items()}
+
+    def ensure_folder(self) -> bool:
+        """On rank 0, no collective: make the run folder anew if it was removed or moved under the run; whether it was.
+
+        Raises:
+            UserError: it cannot be made, or another run has taken its place.
+        """
+        assert self._parts.folder is not None
+        happened = self._parts.folder.ensure()
+        if happened is not None:
+            self._parts.console.warning(happened)
+        return happened is not None
 
     @property
     def news(self) -> bool:
@@ -146,6 +160,7 @@ class Saver:
         """
         step = self._parts.state.step
         self.wait()
+        self._look_again()
         while self.saved_step != step or self._owes_best:
             self.start()
             self.wait()
@@ -155,6 +170,22 @@ class Saver:
     def went_back(self) -> None:
         """The run has gone back to a checkpoint, which is what stands on disk now. No save is running. No collective."""
         self.saved_step, self._owes_best, self._owed = self._parts.state.step, False, None
+
+    def _look_again(self) -> None:
+        """What was saved may have been removed since: the last step's and the best adapter are to be written again."""
+        p, best = self._parts, self._parts.state.best_step
+
+        def missing() -> tuple[bool, bool]:
+            self.ensure_folder()
+            there = {step for step, _ in list_checkpoints(p.output_dir)}
+            best_missing = best not in there and self._best is not None and best == self._best.state.step
+            if best_missing and self._owed is None:
+                self._owed = self._best
+            return self.saved_step not in there, best_missing and best != p.state.step
+
+        step_missing, best_missing = p.world.on_main(missing)
+        self.saved_step = -1 if step_missing else self.saved_step
+        self._owes_best = self._owes_best or best_missing
 
     def close(self) -> None:
         """Let a save that is running end, whatever ended the run; its outcome is told to nobody any more but the log."""
@@ -177,6 +208,10 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> list[Outcome]:
         owed, self._owed = self._owed, None
+        if self._folder_made_anew() and owed is None:
+            owed = self._best
+        if snapshot.state.step == snapshot.state.best_step:
+            self._best = snapshot
         still_best = owed is not None and owed.state.step == snapshot.state.best_step != snapshot.state.step
         outcomes = []
         for each in [owed, snapshot] if still_best and owed is not None else [snapshot]:
@@ -186,10 +221,18 @@ class Saver:
                 self._owed = each
         return outcomes
 
+    def _folder_made_anew(self) -> bool:
+        """Whether the run folder had been removed. What cannot be mended fails the save that follows."""
+        try:
+            return self.ensure_folder()
+        except UserError:
+            return False
+
     def _write_one(self, snapshot: Snapshot, *, best_step: int) -> Outcome:
         p, step = self._parts, snapshot.state.step
         start, problem = time.perf_counter(), None
         try:
+            self.ensure_folder()
             save_checkpoint(
                 p.output_dir,
                 write_adapter=lambda folder: save_adapter(p.model, folder, snapshot.adapter),
@@ -198,7 +241,7 @@ class Saver:
                 identity=p.identity,
                 versions=p.versions,
                 norms=snapshot.norms,
-                run_id=None,
+                run_id=p.run_id,
             )
             retain(p.output_dir, p.config.train.save_total_limit, best_step)
         except (UserError, OSError) as error:  # told by `absorb`; anything else is a bug and ends the run there
