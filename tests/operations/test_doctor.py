@@ -312,7 +312,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_good_disk(tmp_path):
     code, findings, _ = examine(tmp_path, only=["disk", "space", "save_time"])
     assert code == 0
-    assert "100 folders renamed and 100 files replaced" in only(findings, "rename")["found"]
+    assert "100 folders and 100 files published" in only(findings, "rename")["found"]
     assert only(findings, "lock")["status"] == "OK" and only(findings, "flush")["status"] == "OK"
     assert "for 240 MB" in only(findings, "time to save")["found"]
     assert list(tmp_path.iterdir()) == []  # nothing stays

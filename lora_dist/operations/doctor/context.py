@@ -54,7 +54,7 @@ class Context:
                 return self.model.adapter_elements * 4 * VALUES_STORED, f"{self.args.model}, r {self.args.r}"
             except UserError:
                 pass  # told by the check `model`
-        return DEFAULT_CHECKPOINT_BYTES, "as of a model of 7e9 parameters, r 8; --model for your own"
+        return DEFAULT_CHECKPOINT_BYTES, "7e9 parameters, r 8; --model for yours"
 
 
 Check = Callable[[Context], Generator[Finding, None, None]]

@@ -214,14 +214,12 @@ _OTHER_DISK = "--output_dir on another file system: a reader may take half a che
 
 
 def _judge_publishing(seen: dict[str, object], done: int, time_s: float) -> Finding:
-    text = (
-        f"{done} folders renamed and {done} files replaced in {time_text(time_s)}, another process looked {seen['reads']:,} times"
-    )
+    text = f"{done} folders and {done} files published in {time_text(time_s)}; a second process looked {seen['reads']:,} times"
     if seen["flaws"]:
         return fail("rename", f"not atomic: {seen['first']} ({seen['flaws']} such in {done} renames)", _OTHER_DISK)
     if seen["folders"] != done:
         return fail("rename", f"another process saw {seen['folders']} of {done} renamed folders", _OTHER_DISK)
-    return ok("rename", f"{text}, never at half of one")
+    return ok("rename", f"{text} and saw no half one")
 
 
 def _wait_for(file: Path, watcher: subprocess.Popen[str]) -> None:

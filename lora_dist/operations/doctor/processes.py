@@ -81,12 +81,10 @@ def _groups(context: Context, *, collectives: bool, strategies: list[str]) -> It
     gpus = 0
     if args.device != "cpu" and (torch_cuda() is not None or args.device == "cuda"):
         gpus = len(probe(args.timeout_s)["gpus"])
-    on_gpus = gpus > 0 and args.backend != "gloo"
-    if on_gpus:
-        yield Group(min(args.processes or gpus, gpus), Job("nccl", "cuda", args.timeout_s, collectives, strategies))
-    elif args.backend == "nccl":
-        yield Group(args.processes or 1, Job("nccl", "cuda", args.timeout_s, collectives, strategies))  # fails, and says why
-        return
+    on_gpus = args.backend == "nccl" or (args.backend == "auto" and (gpus > 0 or args.device == "cuda"))
+    if on_gpus:  # also where there are none: the processes say so
+        count = min(args.processes or gpus, gpus) or 1
+        yield Group(count, Job("nccl", "cuda", args.timeout_s, collectives, strategies))
     if args.backend != "nccl" and (collectives or not on_gpus):
         yield Group(args.processes or 2, Job("gloo", "cpu", args.timeout_s, collectives, [] if on_gpus else strategies))
 
