@@ -1,6 +1,6 @@
 """Launch environment, collectives and strategies."""
 
-from lora_dist.parallel.launch import World, close_world, init_world, launcher_restarts, lost_process
+from lora_dist.parallel.launch import SideStore, World, close_world, init_world, launcher_restarts, lost_process, side_store
 from lora_dist.parallel.launcher_env import launch_problems
 from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.peers import notice_lost_peers
@@ -13,6 +13,7 @@ __all__ = [
     "Placement",
     "Reader",
     "Replicated",
+    "SideStore",
     "Strategy",
     "StrategyError",
     "Update",
@@ -24,4 +25,5 @@ __all__ = [
     "lost_process",
     "notice_lost_peers",
     "plain_name",
+    "side_store",
 ]

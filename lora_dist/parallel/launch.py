@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from lora_dist.log import UserError
 
@@ -174,6 +174,29 @@ def close_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+class SideStore:
+    """Short texts that processes leave for each other, outside collectives: over a connection of its own, to the store at which they met.
+    Any thread may use it, one at a time. Every call waits for the store's host."""
+
+    def __init__(self, store: Store):
+        self._store = store
+
+    def set(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+
+    def get(self, key: str) -> str | None:
+        """None where nobody has set it."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+
+def side_store(world: World, prefix: str) -> SideStore | None:
+    """For keys below `prefix`; None for a single process. No collective."""
+    if world.size == 1:
+        return None
+    store: Any = dist.distributed_c10d._get_default_store()
+    return SideStore(PrefixStore(prefix, store.clone()))
 
 
 def launcher_restarts() -> bool:
