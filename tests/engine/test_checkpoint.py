@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 from lora_dist.engine import checkpoint as ck
 from lora_dist.log import UserError
 from lora_dist.state import TrainState
+from tests.engine.tracer import run_until
 
 ADAPTER = {"lora_A.weight": torch.arange(1.0, 9.0).reshape(2, 4), "lora_B.weight": torch.zeros(4, 2)}
 NORMS = ck.tensor_norms(ADAPTER)
@@ -149,3 +152,110 @@ def test_a_later_version_says_so(tmp_path):
 
 def test_keys_that_this_version_does_not_know_are_kept():
     assert TrainState.from_dict({"version": 1, "step": 3, "new_thing": [1]}).extra == {"new_thing": [1]}
+
+
+# What is read back before a checkpoint is published
+
+
+@pytest.mark.parametrize(
+    "adapter,message",
+    [
+        ({"lora_A.weight": ADAPTER["lora_A.weight"]}, "lacks tensor lora_B.weight .1 tensors found, 2 expected"),
+        ({**ADAPTER, "other": torch.ones(1)}, "holds an unknown tensor other"),
+        (
+            {**ADAPTER, "lora_A.weight": ADAPTER["lora_A.weight"] * (1 + 1e-5)},
+            "lora_A.weight has norm 14.28299[0-9]*, expected 14.28285",
+        ),
+        ({**ADAPTER, "lora_A.weight": torch.zeros(2, 4)}, "lora_A.weight has norm 0, expected 14.28"),
+        ({**ADAPTER, "lora_B.weight": torch.full((4, 2), float("nan"))}, "lora_B.weight has norm nan, expected 0 "),
+        ({**ADAPTER, "lora_B.weight": torch.zeros(0, 2)}, r"lora_B.weight has shape .0, 2., expected elements"),
+    ],
+)
+def test_an_adapter_file_that_is_not_the_live_adapter_is_a_failed_save(tmp_path, adapter, message):
+    save(tmp_path, 5)
+
+    def wrong(folder: Path) -> None:
+        write_adapter(folder)
+        save_file(adapter, str(folder / "adapter_model.safetensors"))
+
+    with pytest.raises(UserError, match=f"adapter_model.safetensors.*{message}.*nothing was published"):
+        save(tmp_path, 10, write_adapter=wrong)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_rounding_of_a_norm_is_no_difference(tmp_path):
+    save(tmp_path, 5, norms={name: norm * (1 + 5e-7) for name, norm in NORMS.items()})
+    with pytest.raises(UserError, match="has norm"):
+        save(tmp_path, 6, norms={name: norm * (1 + 5e-6) for name, norm in NORMS.items()})
+
+
+def test_norms_are_summed_in_float64():
+    big = torch.full((1 << 20,), 1e-4)
+    assert ck.tensor_norms({"x": big})["x"] == pytest.approx(float(big[0].double()) * 1024, rel=1e-12)
+
+
+def test_a_save_works_from_a_thread_beside_others(tmp_path):
+    threads = [threading.Thread(target=save, args=(tmp_path, step)) for step in range(1, 9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [step for step, path in ck.list_checkpoints(tmp_path) if ck.verify(path) is None] == list(range(1, 9))
+
+
+# Killed at every system call that changes a file
+
+
+def killed_at_every_call(work: Callable[[], object], prepare: Callable[[], None], check: Callable[[], None]) -> int:
+    """Prepare, kill `work` at its k-th changing call, check: for every k. Returns how many there were."""
+    for k in range(1, 1000):
+        prepare()
+        calls = run_until(work, k)
+        check()
+        if calls is not None:
+            return calls
+    raise AssertionError("the work never came to its end")
+
+
+@pytest.mark.parametrize("before", [(), (5,), (5, 10)], ids=["first", "second", "same step again"])
+def test_a_save_killed_at_any_system_call_leaves_the_old_or_the_new_whole(tmp_path, before):
+    """Five seconds. `same step again` replaces a checkpoint: there is never a moment without it."""
+    torch.set_num_threads(1)
+    run, seen = tmp_path / "run", set()
+
+    def prepare() -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        for step in before:
+            save(run, step, tokens=1)
+
+    def check() -> None:
+        ck.put_back(run)
+        found = ck.find_checkpoint(run, lambda path, why: pytest.fail(f"{path.name}: {why}"))
+        state = ck.load_checkpoint(found).state if found is not None else TrainState()
+        seen.add((state.step, state.tokens))
+        ck.clear_staging(run)
+        assert not list(run.glob(".*")) and {n for n, _ in ck.list_checkpoints(run)} >= set(before)
+        save(run, 10, tokens=3)  # and the next attempt can save
+        assert ck.load_checkpoint(run / "checkpoint-10").state.tokens == 3
+
+    calls = killed_at_every_call(lambda: save(run, 10, tokens=2), prepare, check)
+    assert calls > 12
+    assert seen == {{(): (0, 0), (5,): (5, 1), (5, 10): (10, 1)}[before], (10, 2)}
+
+
+def test_retention_killed_at_any_system_call_leaves_whole_checkpoints_only(tmp_path):
+    run = tmp_path / "run"
+
+    def prepare() -> None:
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        for step in (10, 20, 30, 40):
+            save(run, step)
+
+    def check() -> None:
+        assert all(ck.verify(path) is None for _, path in ck.list_checkpoints(run))
+        ck.clear_staging(run)
+        assert {step for step, _ in ck.list_checkpoints(run)} >= {30, 40} and not list(run.glob(".*"))
+
+    assert killed_at_every_call(lambda: ck.retain(run, 2, -1), prepare, check) > 5
