@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_dist.data.loader import eval_batches
 from lora_dist.engine.setup import Parts
+from lora_dist.engine.step import Mark
 from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
 from lora_dist.log import UserError
 
@@ -20,10 +22,11 @@ class Evaluations:
     Args:
         record: takes an event and its values, on every process.
         on_batch: called after every batch on every process; what it raises breaks the evaluation off, without a trace in the state.
+        mark: told of every batch before it: phase, step, number.
     """
 
-    def __init__(self, parts: Parts, record: Record, on_batch: Callable[[], None]):
-        self._parts, self._record, self._on_batch = parts, record, on_batch
+    def __init__(self, parts: Parts, record: Record, on_batch: Callable[[], None], mark: Mark):
+        self._parts, self._record, self._on_batch, self._mark = parts, record, on_batch, mark
         self.times_s: list[float] = []
 
     def run(self) -> bool:
@@ -65,9 +68,13 @@ class Evaluations:
         bar = p.console.bar(math.ceil(len(p.eval_windows) / (batch_size * p.world.size)), "Evaluating")
         batches = eval_batches(p.eval_windows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
 
+        done = itertools.count(1)
+        self._mark("evaluation", p.state.step, 0)
+
         def on_batch() -> None:
             bar.update()
             self._on_batch()
+            self._mark("evaluation", p.state.step, next(done))
 
         try:
             result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_windows), on_batch=on_batch)

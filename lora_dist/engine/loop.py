@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from lora_dist.adapter import adapter_tensors, read_adapter_tensors, save_adapter
@@ -24,8 +24,9 @@ from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import NonFiniteError, StepResult
 from lora_dist.engine.stop import Stop, Stopped, first_reason
+from lora_dist.engine.watch import STACKS, Watch
 from lora_dist.evaluation.perplexity import EvalResult
-from lora_dist.log import UserError
+from lora_dist.log import EXIT_HUNG, UserError
 
 EXPECT_AFTER_STEPS = 5
 
@@ -48,7 +49,13 @@ class Loop:
         self.state = parts.state
         self.stop = stop or Stop()
         self.saver = Saver(parts, self._record)
-        self.evaluations = Evaluations(parts, self._record, self._stop_if_asked)
+        self.watch = Watch(
+            parts.world,
+            timeout_s=parts.config.health.hang_timeout_s,
+            stacks=parts.output_dir / STACKS / f"attempt-{parts.attempt_number}",
+            on_hang=self._hung,
+        )
+        self.evaluations = Evaluations(parts, self._record, self._stop_if_asked, self.watch.mark)
         self.health = Health(parts, self.saver, self._record)
         self.train = parts.config.train
         self._started_s = time.perf_counter()
@@ -72,12 +79,14 @@ class Loop:
             trainable=sum(shape.numel() for shape in p.strategy.shapes.values()),
         )
         self.stop.training_starts()
+        self.watch.start()
         try:
             if train.eval_on_start and p.eval_windows is not None and self.state.first_eval_loss is None:
                 self.evaluations.run()
             self._train()
             self._checked_everywhere("at the end", whole=True)
             if train.save_strategy != "no":
+                self.watch.mark("saving the last step", self.state.step)
                 self.saver.surely()
             p.console.training_done(self._elapsed_s())
             best = self._load_best()
@@ -91,19 +100,21 @@ class Loop:
             self._stop("the next step cannot be taken")
             raise
         finally:
+            self.watch.mark("waiting for the last save", self.state.step)
             self.saver.close()
+            self.watch.stop()
 
     def _train(self) -> None:
         p, state = self.parts, self.state
-        if state.evaluated_step != state.step and state.step > 0:
-            self._evaluate_and_save(again=True)  # the attempt before was stopped just before it
+        self._make_up_evaluation()
         if state.step >= p.total_steps or self._out_of_patience():
             return
         p.strategy.module.train()
-        for batch in p.loader.steps_from(state.cursor):
+        for batch in self._batches():
             total_tokens = self._agree_to_go_on(batch)
             result = self._step(batch, total_tokens)
             if result is None:
+                self._make_up_evaluation()
                 continue
             self._log(result)
             if state.step % p.config.guard.every == 0:
@@ -112,6 +123,18 @@ class Loop:
             if state.step >= p.total_steps or self._out_of_patience():
                 return
 
+    def _batches(self) -> Iterator[StepBatch]:
+        steps = self.parts.loader.steps_from(self.state.cursor)
+        while True:
+            self.watch.mark("loading data", self.state.step + 1)
+            yield next(steps)
+
+    def _make_up_evaluation(self) -> None:
+        """Collective: of a checkpoint whose attempt was stopped just before it, or killed before what it found was saved."""
+        state = self.state
+        if state.evaluated_step != state.step and state.step > 0:
+            self._evaluate_and_save(again=True)
+
     def _agree_to_go_on(self, batch: StepBatch) -> float:
         """Collective, before every step: hear of saves that have ended, and of requests to stop. Returns the step's label tokens over
         all processes, which are summed in any case.
@@ -119,6 +142,7 @@ class Loop:
         Raises:
             Stopped: on every process, if any of them was asked.
         """
+        self.watch.mark("agreeing to go on", self.state.step + 1)
         tokens, news, *asked = self.parts.world.sum(
             [float(batch.label_tokens), float(self.saver.news), *self.stop.flags(self._needed_s())]
         )
@@ -150,6 +174,7 @@ class Loop:
         else:
             try:
                 self._checked_everywhere(f"before saving at step {step}")
+                self.watch.mark("saving before the end", step)
                 self.saver.surely()
                 p.console.note(f"{where}, checkpoint-{step} is whole: go on with --resume auto")
             except UserError as error:
@@ -160,12 +185,18 @@ class Loop:
         p, state = self.parts, self.state
         rate = self._rate(state.step)
         result = p.stepper.run(
-            batch.micro_batches, total_tokens, rate=rate, step=state.step + 1, loss_limit=self.health.loss_limit()
+            batch.micro_batches,
+            total_tokens,
+            rate=rate,
+            step=state.step + 1,
+            loss_limit=self.health.loss_limit(),
+            mark=self.watch.mark,
         )
         state.train_time_s = self._elapsed_s()
         self._step_times_s.append(result.step_time_s)
         self._since_log_s += result.step_time_s
         if result.problem is not None:
+            self.watch.mark("acting on a step that was not taken", result.problem.step)
             return result if self.health.handle(result.problem, batch, rate) == "skip" else None
         state.step += 1
         state.cursor = batch.cursor_after
@@ -223,6 +254,7 @@ class Loop:
 
     def _checked_everywhere(self, when: str, *, whole: bool = False) -> None:
         """Collective: the guard on every rank; one rank's finding stops all."""
+        self.watch.mark("checking the base", self.state.step)
         problem, start = None, time.perf_counter()
         try:
             (self.parts.guard.check_all if whole else self.parts.guard.check)(when)
@@ -234,6 +266,9 @@ class Loop:
     def _save(self) -> None:
         """Collective: guard, snapshot; a thread does the rest."""
         self._checked_everywhere(f"before saving at step {self.state.step}")
+        self.watch.mark("waiting for the previous save", self.state.step)
+        self.saver.wait()
+        self.watch.mark("gathering for a save", self.state.step)
         self.saver.start()
 
     def _stop_if_asked(self) -> None:
@@ -250,9 +285,17 @@ class Loop:
         """How long the next step and a save took at most, so far."""
         return max(self._step_times_s, default=0.0) + self.saver.longest_save_s
 
+    def _hung(self, reason: str, report: str) -> None:
+        """On rank 0, from the watch's thread, before the process ends."""
+        p = self.parts
+        p.console.log_only(report)
+        if p.attempt is not None:
+            p.attempt.end("hung", reason, step=self.state.step, exit_code=EXIT_HUNG)
+
     def _load_best(self) -> str | None:
         """Go back to the best evaluated adapter; the name of its checkpoint, where there is one."""
         p, state = self.parts, self.state
+        self.watch.mark("loading the best adapter", state.step)
         if not self.train.load_best_model_at_end or p.eval_windows is None:
             return None
         if state.best_step <= 0:
@@ -273,6 +316,7 @@ class Loop:
     def _finish(self, final: EvalResult | None, best: str | None) -> None:
         """Collective: the final adapter and tokenizer into the run folder, then the summary."""
         p, state = self.parts, self.state
+        self.watch.mark("writing the final adapter", state.step)
         trained, norms = p.strategy.trainable_tensors(), self.saver.live_norms()
 
         def write() -> None:

@@ -113,10 +113,10 @@ class Report:
     def __post_init__(self) -> None:
         silent = [rank for rank in range(self.size) if rank not in self.living]
         self.blamed = silent or self._behind()
-        first = self.known.get(self.blamed[0])
         ranks = f"rank{'s' if len(self.blamed) > 1 else ''} {', '.join(map(str, self.blamed))}"
-        at = f" at step {first.step}, {first.doing}" if first is not None else ""
-        self.reason = f"{ranks} {'did not answer' if silent else 'hung'}{at}"
+        place = self.known[self._behind()[0]]
+        at = f"step {place.step}, {place.doing}"
+        self.reason = f"{ranks} did not answer; rank {place.rank} waits at {at}" if silent else f"{ranks} hung at {at}"
         lines = [
             f"lora-dist train: HUNG: no progress for {self.timeout_s:g} s: {self.reason}",
             *self._lines(self.blamed, "no answer (stopped, or its machine is gone); last heard of: " if silent else "behind: "),

@@ -172,7 +172,7 @@ def test_a_rollback_goes_on_behind_the_batch(strategy, pair, arguments, tmp_path
     assert_identical(out, killed)
     states = [json.loads((run / "checkpoint-8" / "state.json").read_text()) for run in (out, killed)]
     assert [(s["rollbacks"], s["cursor"], s["recent_losses"]) for s in states] == [
-        (1, BATCH * 10, [loss for loss in losses(out).values()])
+        (1, BATCH * 10, list(losses(out).values()))
     ] * 2
 
 
@@ -203,3 +203,15 @@ def test_a_loss_spike_is_rolled_back_once_there_is_a_history(pair, arguments, tm
     assert (spike["kind"], worst["rank"], spike["done"]) == ("spike", 1, "rollback to checkpoint-18")
     assert spike["value"] > found[19] + 2 and spike["text"][0]["window"] == worst["windows"][0]
     assert len(spike["recent_steps"]) == 19 and not list((tmp_path / "run" / "post-mortem").glob("step-5*"))
+
+
+# --- hangs -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_only_slow_is_not_ended(pair, arguments, tmp_path):
+    """Each process's steps take longer than the limit, its micro-batches less; and the other one waits for it."""
+    slow = [{"what": "slow", "rank": 1, "seconds": 0.7}]
+    out = tmp_path / "run"
+    pair.run(*arguments(out, gradient_accumulation_steps=3, max_steps=2, health__hang_timeout_s=1), faults=slow)
+    assert list(losses(out)) == [1, 2]
+    assert not (out / "stacks").exists()
