@@ -261,7 +261,7 @@ class DoctorArgs:
     """Seconds between the warning and the end of a run; torchrun and Slurm leave 30."""
     offline: bool = False
     """Ask neither hub nor tracker."""
-    timeout_s: float = 60.0
+    timeout_s: float = 120.0
     """Seconds without progress after which processes count as hung."""
     only: list[
         Literal[

@@ -209,13 +209,16 @@ def test_the_driver_is_read_from_its_own_file(tmp_path):
         ({"GLOO_SOCKET_IFNAME": "nosuch0"}, "interface", "FAIL", "this machine has "),
         ({"GLOO_SOCKET_IFNAME": "l"}, "interface", "FAIL", "this machine has "),
         ({"NCCL_SOCKET_IFNAME": "l"}, "interface", "OK", "is there"),
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 8000)}, "slurm", "OK", "job 7, ends in 2 h 13 min"),
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 60)}, "slurm", "WARN", "ends in "),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "+8000"}, "slurm", "OK", "job 7, ends in 2 h 13 min"),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "+60"}, "slurm", "WARN", "ends in "),
         ({"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": "1000000000"}, "slurm", "WARN", "was to end "),
         ({"SLURM_JOB_ID": "7"}, "slurm", "OK", "its end is not known"),
     ],
 )
 def test_variables(tmp_path, env, name, status, words):
+    end = env.get("SLURM_JOB_END_TIME", "")
+    if end.startswith("+"):  # seconds from now
+        env = {**env, "SLURM_JOB_END_TIME": str(int(time.time()) + int(end))}
     _, findings, _ = examine(tmp_path, env, only=["environment"])
     finding = only(findings, name)
     assert finding["status"] == status and words in finding["found"]
