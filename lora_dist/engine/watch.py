@@ -13,6 +13,7 @@ import dataclasses
 import faulthandler
 import itertools
 import json
+import logging
 import os
 import socket
 import sys
@@ -118,7 +119,9 @@ class Watch:
         store = self._store
         if store is None or (self._talking is not None and self._talking.is_alive()):
             return
-        self._talking = _within(limit_s, lambda: work(store))
+        self._talking = _within(
+            limit_s, lambda: work(store), level=logging.DEBUG
+        )  # at the end of a run its host may be gone already
 
     # The decision
 
@@ -197,14 +200,14 @@ def _answering(first: Mapping[int, Whereabouts], known: Mapping[int, Whereabouts
     ]
 
 
-def _within(limit_s: float, work: Callable[[], Any]) -> threading.Thread:
-    """Run `work` in a thread that nobody waits for longer than this."""
+def _within(limit_s: float, work: Callable[[], Any], *, level: int = logging.WARNING) -> threading.Thread:
+    """Run `work` in a thread that nobody waits for longer than this; what it raises is logged at `level`."""
 
     def run() -> None:
         try:
             work()
         except Exception as error:  # the watch itself must go on, whatever a store or a disk has
-            logger.warning("hang watch: %s", error)
+            logger.log(level, "hang watch: %s", error)
 
     thread = threading.Thread(target=run, name="hang watch, talking", daemon=True)
     thread.start()
