@@ -30,7 +30,7 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^Installing collected/ { print "  unpacking" } \
 	/^ERROR|^error/ { print } { fflush() }'
 
-.PHONY: help venv demo test matrix lint format bench measure-stories measure-wikitext measure-memory hooks clean
+.PHONY: help venv demo test matrix fuzz lint format bench measure-stories measure-wikitext measure-memory hooks clean
 .PHONY: train train-torchrun train-deepspeed train-fsdp train-accelerate resume eval merge
 
 help:  ## show this list
@@ -109,6 +109,9 @@ test: $(STAMP)  ## run all tests (ARGS='-m "not slow"' for the quick ones)
 
 matrix: $(STAMP)  ## every strategy's checkpoint resumed under every other, on 2, 1, 2 processes; kills (15 to 20 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --matrix -m matrix tests/distributed $(ARGS)
+
+fuzz: $(STAMP)  ## 200 kills at random moments, 50 inside a save: every run ends as if never killed (ARGS='--seed 7'; about 20 minutes)
+	@$(BIN)/python scripts/fuzz_kills.py $(ARGS)
 
 lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff check .

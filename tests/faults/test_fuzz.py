@@ -73,7 +73,7 @@ def flip(file: Path) -> None:
         (lambda run: (run / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (lambda run: rewrite(run / "tokenizer_config.json", "{", "{ "), "tokenizer_config.json differs"),
         (lambda run: rewrite(run / "metrics.jsonl", '"loss": ', '"loss": 1'), "train at step 1: loss is"),
-        (lambda run: shutil.rmtree(run / "checkpoint-30"), "checkpoints"),
+        (lambda run: shutil.rmtree(run / "checkpoint-30"), "the last checkpoint is of step"),
         (lambda run: flip(run / "checkpoint-30" / "optimizer.safetensors"), "optimizer.safetensors: 1 of"),
         (lambda run: rewrite(run / "checkpoint-30" / "state.json", '"cursor": ', '"cursor": 1'), "state.json: cursor is"),
         (lambda run: (run / ".saving-checkpoint-9").mkdir(), "left behind: .saving-checkpoint-9"),
@@ -104,7 +104,9 @@ def test_damage_by_a_kill_is_seen(completed):
         assert "best so far and gone" in damage(before, Folder.look(run), best_needed=True)[0]
     flip(run / f"checkpoint-{before.newest}" / "optimizer.safetensors")
     assert "optimizer.safetensors does not have" in damage(before, Folder.look(run), best_needed=True)[0]
-    shutil.rmtree(run / f"checkpoint-{before.newest}")
+    (run / f"checkpoint-{before.newest}").rename(run / f".saving-old-checkpoint-{before.newest}")
+    assert Folder.look(run).newest == before.newest, "the next start puts it back"
+    shutil.rmtree(run / f".saving-old-checkpoint-{before.newest}")
     assert f"was of step {before.newest}" in damage(before, Folder.look(run), best_needed=True)[0]
 
 
