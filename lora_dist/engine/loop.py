@@ -131,8 +131,9 @@ class Loop:
 
     def _make_up_evaluation(self) -> None:
         """Collective: of a checkpoint whose attempt was stopped just before it, or killed before what it found was saved."""
-        state = self.state
+        p, state = self.parts, self.state
         if state.evaluated_step != state.step and state.step > 0:
+            p.world.on_main(lambda: p.metrics.drop_after(state.step, evaluated=False))
             self._evaluate_and_save(again=True)
 
     def _agree_to_go_on(self, batch: StepBatch) -> float:

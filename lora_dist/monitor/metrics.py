@@ -28,8 +28,11 @@ class MetricsFile:
         self.file = file
         self._lines = LineFile(file)
 
-    def drop_after(self, step: int) -> int:
+    def drop_after(self, step: int, *, evaluated: bool = True) -> int:
         """Drop records of later steps, of an earlier end, and what is no record (a half-written line); returns how many went. Atomic.
+
+        Args:
+            evaluated: False drops the evaluation of `step` itself too, because it is made again.
 
         Raises:
             UserError: the file cannot be read or written.
@@ -39,7 +42,7 @@ class MetricsFile:
                 return 0
             kept, dropped = [], 0
             for line in self.file.read_text(encoding="utf-8", errors="replace").splitlines():
-                if _stays(line, step):
+                if _stays(line, step, evaluated):
                     kept.append(line + "\n")
                 else:
                     dropped += 1
@@ -62,10 +65,11 @@ class MetricsFile:
         return self._lines.flush()
 
 
-def _stays(line: str, step: int) -> bool:
+def _stays(line: str, step: int, evaluated: bool) -> bool:
     try:
         record = json.loads(line)
-        return bool(record["step"] <= step and record["event"] != "final")
+        again = record["event"] == "eval" and record["step"] == step and not evaluated
+        return bool(record["step"] <= step and record["event"] != "final" and not again)
     except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a kill
         return False
 

@@ -62,6 +62,15 @@ def test_metrics_after_the_resumed_step_are_dropped_with_a_cut_off_line(tmp_path
     assert all(json.loads(line) for line in metrics.file.read_text().splitlines())
 
 
+def test_an_evaluation_that_is_made_again_does_not_stand_twice(tmp_path):
+    metrics = MetricsFile(tmp_path / "m.jsonl")
+    for step in (1, 2):
+        metrics.write(step, "train", {"loss": 1.5})
+        metrics.write(step, "eval", {"eval_loss": 1.0})
+    assert metrics.drop_after(2, evaluated=False) == 1
+    assert [(r["step"], r["event"]) for r in read_metrics(metrics.file)] == [(1, "train"), (1, "eval"), (2, "train")]
+
+
 def test_out_of_memory_advice_names_this_runs_own_options():
     common = {"block_size": 1024, "accumulation": 1, "rank": 8, "where": "while training", "peak_gib": 79.0}
     text = out_of_memory(**common, gradient_checkpointing=False, micro_batch=4)
