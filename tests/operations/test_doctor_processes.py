@@ -91,7 +91,7 @@ def test_collectives_and_every_strategy_work_here(tmp_path):
 
 def test_a_rank_that_never_joins_is_a_failure_and_is_ended(tmp_path):
     process = subprocess.Popen(
-        [*COMMAND, "--device", "cpu", "--only", "collectives,strategies", "--processes", "2", "--timeout_s", "12", "--output_dir", str(tmp_path)],
+        [*COMMAND, "--device=cpu", "--only=collectives,strategies", "--processes", "2", "--timeout_s", "12", "--output_dir", str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(),
     )  # fmt: skip
     try:
