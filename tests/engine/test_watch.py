@@ -17,6 +17,7 @@ import pytest
 
 from lora_dist.engine.watch import Watch
 from lora_dist.engine.whereabouts import Report, Whereabouts, main_thread
+from lora_dist.log import EXIT_HUNG
 from lora_dist.parallel import World
 from tests.runs import ROOT, descendants, environment, losses, options
 
@@ -74,6 +75,45 @@ def test_marking_costs_nothing(tmp_path):
     best = min(timeit.repeat(lambda: watch.mark("forward and backward", 3, 1), number=10_000, repeat=5)) / 10_000
     print(f"one mark takes {best * 1e6:.2f} us")
     assert best < 2e-6
+
+
+SUSPENDED = """
+import sys
+from pathlib import Path
+from lora_dist.engine.watch import Watch
+from lora_dist.parallel import World
+watch = Watch(World(), timeout_s=2, stacks=Path(sys.argv[1]), on_hang=lambda reason, text: None)
+watch.start()
+print("watching", flush=True)
+sys.stdin.readline()
+print("fine", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_time_in_which_the_whole_process_was_suspended_does_not_count(tmp_path):
+    """Stopped for twice the limit it is not ended; awake for longer than the limit without a mark it is."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SUSPENDED, str(tmp_path / "stacks")],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "watching\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "fine\n"
+        assert process.wait(timeout=10) == EXIT_HUNG
+        assert "rank 0 hung at step 0, starting" in process.stderr.read()
+    assert (tmp_path / "stacks" / "rank-0.txt").exists()
 
 
 # --- real processes --------------------------------------------------------------------------------------------------------------
