@@ -12,6 +12,9 @@ import yaml
 from tests.cluster.slurm import Cluster, missing
 from tests.runs import run
 
+Figures = dict[str, dict[str, float]]
+FIGURES = pytest.StashKey[Figures]()
+
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
@@ -56,13 +59,15 @@ def reference(config: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def note(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[dict[str, dict[str, float]]]:
-    """What each fault cost; printed at the end, and written to `--cluster-figures FILE`."""
-    figures: dict[str, dict[str, float]] = {}
-    yield figures
-    file = pytestconfig.getoption("--cluster-figures")
-    if file:
-        Path(file).write_text(json.dumps(figures, indent=1) + "\n")
-    terminal = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+def note(pytestconfig: pytest.Config) -> Figures:
+    """What each fault cost; shown after the tests, and written to `--cluster-figures FILE`."""
+    return pytestconfig.stash.setdefault(FIGURES, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    figures = config.stash.get(FIGURES, {})
     for fault, values in figures.items():
-        terminal.write_line(f"\n{fault}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+        terminalreporter.write_line(f"{fault}: " + ", ".join(f"{name} {value}" for name, value in values.items()))
+    file = config.getoption("--cluster-figures")
+    if file and figures:
+        Path(file).write_text(json.dumps(figures, indent=1) + "\n")

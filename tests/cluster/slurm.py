@@ -161,7 +161,7 @@ class Cluster:
         return found
 
 
-def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 60, every_s: float = 0.2) -> None:
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 180, every_s: float = 0.2) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
