@@ -190,6 +190,7 @@ class Health:
             "adapter_norms": p.strategy.trainable_norms(),
             "strategy": p.strategy.name,
             "processes": p.world.size,
+            "attempt": p.attempt_number,
             "versions": p.versions,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -221,7 +222,7 @@ def _write(run_dir: Path, step: int, content: Mapping[str, Any]) -> str:
     """To a name that is free: a step may go wrong again after a rollback, with another batch."""
     folder = run_dir / POST_MORTEM
     try:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         names = (f"step-{step}.json" if n == 1 else f"step-{step}-{n}.json" for n in range(1, 1000))
         file = next(folder / name for name in names if not (folder / name).exists())
         staging = file.with_suffix(".part")

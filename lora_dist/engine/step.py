@@ -25,6 +25,9 @@ Mark = Callable[[str, int, int], None]
 """told where the process is: phase, step, number of the micro-batch (-1: of none)"""
 
 
+_LISTED = 8  # windows that a message names
+
+
 class NonFiniteError(UserError):
     """Loss or gradients are not finite; no process has moved its optimizer."""
 
@@ -58,25 +61,33 @@ class Problem:
 
     def describe(self) -> str:
         """What was found, where, and what was expected."""
-        rank, batch = self.worst()
-        windows = ", ".join(str(n) for n in self.seen[rank][batch].windows if n >= 0)
-        where = f"rank {rank}, micro-batch {batch}, windows {windows}" if self.ranks else "the sum over processes"
-        if self.kind == "gradient":
+        if self.kind in ("gradient", "overflow"):
+            windows = [n for r in self.ranks for seen in self.seen[r] for n in seen.windows]
+            where = (
+                f"rank {', '.join(map(str, self.ranks))}, windows {_listed(windows)}" if self.ranks else "the sum over processes"
+            )
+            if self.kind == "overflow":
+                return f"step {self.step}: fp16 still overflows at the smallest loss scale ({where})"
             name = self.parameters[0] if self.parameters else "their norm"
             return (
                 f"step {self.step}: found a non-finite gradient in {name} ({len(self.parameters)} parameters; {where}), "
                 "expected finite ones"
             )
-        if self.kind == "overflow":
-            return f"step {self.step}: fp16 still overflows at the smallest loss scale ({where})"
+        rank, batch = self.worst()
+        where = f"rank {rank}, micro-batch {batch}, windows {_listed(self.seen[rank][batch].windows)}"
         expected = "a finite one" if self.kind == "loss" else "one near those before it"
         return f"step {self.step}: found a loss of {self.value} ({where}), expected {expected}"
 
     def worst(self) -> tuple[int, int]:
-        """(rank, micro-batch) to look at first: the first loss that is not finite, else the highest, among `ranks` if they are known."""
-        found = [(r, b, seen.loss) for r in self.ranks or range(len(self.seen)) for b, seen in enumerate(self.seen[r])]
+        """(rank, micro-batch) with the first loss that is not finite, else with the highest."""
+        found = [(r, b, seen.loss) for r, each in enumerate(self.seen) for b, seen in enumerate(each)]
         rank, batch, _ = max(found, key=lambda entry: (not math.isfinite(entry[2]), math.isfinite(entry[2]) and entry[2]))
         return rank, batch
+
+
+def _listed(windows: Sequence[int]) -> str:
+    real = [str(n) for n in windows if n >= 0]
+    return ", ".join(real[:_LISTED]) + (f" and {len(real) - _LISTED} more" if len(real) > _LISTED else "")
 
 
 @dataclass(frozen=True)
