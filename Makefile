@@ -30,7 +30,7 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^Installing collected/ { print "  unpacking" } \
 	/^ERROR|^error/ { print } { fflush() }'
 
-.PHONY: help venv demo test matrix fuzz lint format bench measure-stories measure-wikitext measure-memory hooks clean
+.PHONY: help venv demo test test-cluster matrix fuzz lint format bench measure-stories measure-wikitext measure-memory hooks clean
 .PHONY: train train-torchrun train-deepspeed train-fsdp train-accelerate resume eval merge
 
 help:  ## show this list
@@ -112,6 +112,14 @@ matrix: $(STAMP)  ## every strategy's checkpoint resumed under every other, on 2
 
 fuzz: $(STAMP)  ## 200 kills at random moments, 50 inside a save: every run ends as if never killed (ARGS='--seed 7'; about 20 minutes)
 	@$(BIN)/python scripts/fuzz_kills.py $(ARGS)
+
+# Installs the two packages where it can (Debian, root); where there is no Slurm, every test is skipped and says so.
+test-cluster: $(STAMP)  ## jobs preempted, out of time and without a node, on a real two-node Slurm (about 6 minutes)
+	@command -v sbatch > /dev/null && PATH="$$PATH:/usr/sbin" command -v munged > /dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && echo "Installing slurm-wlm and munge" && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null; } || \
+		echo "test-cluster: found no slurm-wlm and munge, and cannot install them (needs root and apt-get): skipped" >&2
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --cluster -m cluster tests/cluster --durations=10 $(ARGS)
 
 lint: $(STAMP)  ## check style, format and types
 	@$(BIN)/ruff check .

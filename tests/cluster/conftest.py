@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.cluster.slurm import Cluster, missing
-from tests.runs import run
+from tests.runs import records, run
 
 Figures = dict[str, dict[str, float]]
 FIGURES = pytest.StashKey[Figures]()
@@ -56,6 +59,24 @@ def reference(config: Path) -> Path:
     """Run folder of the uninterrupted run on two processes."""
     run(2, "train", "--config", str(config))
     return config.parent / "reference"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast this machine is at present."""
+
+    start_s: float
+    """from a command to its first step"""
+    step_s: float
+
+
+@pytest.fixture(scope="session")
+def pace(config: Path) -> Pace:
+    out = config.parent / "pace"
+    began_s = time.monotonic()
+    run(2, "train", "--config", str(config), "--train.output_dir", str(out), "--train.max_steps=10")
+    steps_s = [row["step_time_s"] for row in records(out, "train")]
+    return Pace(time.monotonic() - began_s - sum(steps_s), statistics.median(steps_s))
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ the system itself runs is touched.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +47,7 @@ JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 MpiDefault=none
 JobRequeue=1
+SlurmctldDebug=debug2
 SlurmdTimeout=10
 KillWait=30
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=1000 State=UNKNOWN
@@ -123,6 +126,12 @@ class Cluster:
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t", check=False).splitlines()
         return {line.split()[0]: line.split()[1] for line in lines}
 
+    def wait_for_limits_check(self) -> None:
+        """Until the controller has looked for jobs near their limits, which it does every 30 s."""
+        log, words = self.folder / "log" / "slurmctld.log", "Testing job time limits"
+        seen = log.read_text().count(words)
+        wait_for(lambda: log.read_text().count(words) > seen, "the controller's look at time limits", timeout_s=60)
+
     def lose_node(self, node: str) -> None:
         """Kill the node's daemon and everything that it has started, at once."""
         process = self._daemons.pop(node, None)
@@ -144,7 +153,9 @@ class Cluster:
         assert path is not None
         env = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         with (self.folder / "log" / f"{name}.log").open("ab") as log:
-            self._daemons[name] = subprocess.Popen([path, *options], stdout=log, stderr=log, env=env, start_new_session=True)
+            self._daemons[name] = subprocess.Popen(
+                [path, *options], stdout=log, stderr=log, env=env, start_new_session=True, preexec_fn=_end_with_parent
+            )
 
     def _step_daemons(self, node: str) -> list[int]:
         """Ids of the node's slurmstepd processes: those that hold a socket in its spool folder."""
@@ -159,6 +170,12 @@ class Cluster:
                     if any(os.readlink(fd) in inodes for fd in (entry / "fd").iterdir()):
                         found.append(int(entry.name))
         return found
+
+
+def _end_with_parent() -> None:
+    """For a test run that is killed: the kernel ends the daemon with it."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 180, every_s: float = 0.2) -> None:

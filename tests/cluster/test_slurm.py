@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import Figures, Pace
 from tests.cluster.slurm import Cluster, wait_for
 from tests.runs import ROOT, adapter, assert_identical, environment, largest_relative_difference, losses, records, run
 
 pytestmark = [pytest.mark.cluster, pytest.mark.distributed]
 
-Figures = dict[str, dict[str, float]]
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -122,12 +122,18 @@ def test_preempted(cluster: Cluster, config: Path, reference: Path, tmp_path: Pa
     assert Path(fields["StdOut"]).parent.parent == out / "jobs"
 
 
-def test_time_limit(cluster: Cluster, config: Path, tmp_path: Path, note: Figures) -> None:
-    """Slurm sends SIGUSR1 to the script alone, 30 to 60 s after the start: it looks every 30 s, and the limit is in minutes. The script has
-    torchrun's workers save, and queues the job again."""
-    longer = ("--train.max_steps=300",)
+def test_time_limit(cluster: Cluster, config: Path, pace: Pace, tmp_path: Path, note: Figures) -> None:
+    """Slurm sends SIGUSR1 to the script alone; the script has torchrun's workers save, and queues the job again, as often as it takes.
+
+    Limits are in minutes, and Slurm looks every 30 s: a job that starts right after a look, with a limit of N minutes and the signal 10 s
+    before it, is told 60 N - 32 s after its start. The run is made to last somewhat longer than that.
+    """
+    minutes = 1 if pace.start_s < 14 else 2
+    steps = max(20, int(1.25 * (60 * minutes - 32 - pace.start_s) / pace.step_s))
+    longer = (f"--train.max_steps={steps}", f"--train.eval_steps={steps}", f"--train.save_steps={steps}")
     out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
-    job = submit(cluster, config, out, "--nodes=2", "--time=2", "--signal_s=60", train=longer)
+    cluster.wait_for_limits_check()
+    job = submit(cluster, config, out, "--nodes=2", f"--time={minutes}", "--signal_s=10", train=longer)
     wait_for(lambda: "asking the run to save and stop" in console(out), "SIGUSR1")
     fault = Fault(out)
     fault.strike(lambda: None)
@@ -136,7 +142,7 @@ def test_time_limit(cluster: Cluster, config: Path, tmp_path: Path, note: Figure
     assert fields["JobState"] == "COMPLETED", f"{fields}\n{console(out)}"
     assert int(fields["Restarts"]) >= 1
     first = attempts(out, job)[0]
-    assert first["state"] == "stopped" and first["last_checkpoint"] > 0
+    assert (first["state"], first["reason"]) == ("stopped", "SIGTERM") and 0 < first["last_checkpoint"] < steps
     assert note["time limit (torchrun)"]["steps_lost"] == 0
     run(2, "train", "--config", str(config), "--train.output_dir", str(uninterrupted), *longer)
     assert_identical(uninterrupted, out)
