@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora_dist.cli import train as train_verb
+from lora_dist.cli.options import parse
+from lora_dist.config import RunConfig
 from lora_dist.engine.attempts import Attempt, code_revision, make_run_id, next_attempt
 from lora_dist.engine.held import HeldFolder, lock_folder, read_run_id, write_whole
 from lora_dist.log import UserError
@@ -179,5 +182,6 @@ def test_a_run_that_is_refused_leaves_no_books(tiny_base, tiny_text, tmp_path):
     manifest = read(out / "checkpoint-2/manifest.json")
     assert manifest["run_id"] == read(out / "run.json")["run_id"]
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    assert run(1, "train", *options(tiny_base, tiny_text, out, **quick), check=False).returncode == 2
+    with pytest.raises(UserError, match="already holds a run"):
+        train_verb.run(parse(RunConfig, options(tiny_base, tiny_text, out, **quick), train_verb.VERB))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before

@@ -34,7 +34,10 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_keeps_the_checkpoin
         check=False,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "No space left on device" in done.stderr and "earlier checkpoints are untouched" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "train.max_failed_saves: 3 checkpoints in a row" in line]
+    assert "No space left on device" in line and "earlier checkpoints are untouched" in line
+    for n in (1, 2, 3):
+        assert f"was not saved ({n} of at most 3 in a row)" in done.stdout
     kept = [path for _, path in list_checkpoints(out)]
     assert kept and all(verify(path) is None for path in kept)
     assert not list(out.glob(".saving-*"))
