@@ -103,7 +103,7 @@ def write_job(args: SubmitArgs, config: Config, *, python: str, directory: Path,
     try:
         folder = _new_folder(base)
         for script in scripts:
-            shutil.copy(script, folder / script.name)
+            Path(shutil.copy(script, folder / script.name)).chmod(0o755)
         (folder / "config.yaml").write_text(yaml.safe_dump(_own_files(config, folder, directory), sort_keys=False))
         (folder / "versions.txt").write_text("".join(f"{line}\n" for line in _versions()))
         (folder / "code.json").write_text(json.dumps(_code(folder), indent=1) + "\n")
