@@ -40,7 +40,7 @@ def train(
     console = Console(enabled=world.is_main)
     where, parts, code = "while loading", None, 1
     state: State = "failed"
-    reason = ""
+    reason = "ended by an error, see the console"
     stop = Stop(deadline=_deadline(config), margin_s=config.train.stop_margin_s, exit_code=_exit_code)
     stop.install()
     try:
@@ -62,7 +62,10 @@ def train(
             _advise_on_memory(config, world, console, where)
         elif lost_process(error):
             step = "" if parts is None else f" at step {parts.state.step}"
-            text = f"rank {world.rank}: lost another process{step} ({_first_line(error)}); go on with --resume auto"
+            reason = (
+                f"rank {world.rank}: lost another process{step} ({_first_line(error)})"  # launch/slurm.sbatch goes by these words
+            )
+            text = f"{reason}; go on with --resume auto"
             console.log_only(text)
             print(f"lora-dist train: {text}", file=sys.stderr, flush=True)
         else:
@@ -70,12 +73,13 @@ def train(
         return 1
     finally:
         stop.close()
+        if parts is not None and parts.attempt is not None:
+            parts.attempt.end(state, reason, step=parts.state.step, exit_code=code)
         if parts is not None and parts.tracker is not None:
             parts.tracker.finish(code)
-        if parts is not None and parts.attempt is not None:
-            parts.attempt.end(state, reason or "ended by an error, see the console", step=parts.state.step, exit_code=code)
         console.close()
         if parts is not None and parts.folder is not None:
+            parts.metrics.close()
             parts.folder.close()
 
 

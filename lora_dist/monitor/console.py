@@ -16,7 +16,6 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from lora_dist.log import logger
 from lora_dist.monitor.line_file import LineFile
 
 RULE = "=" * 40
@@ -80,9 +79,7 @@ class Console:
     def close(self) -> None:
         """Try once more to write what could not be written, and tell how much is missing."""
         for log in self._logs:
-            missing = log.flush()
-            if missing:
-                logger.warning("%s lacks %d lines: it could not be written", log.file, missing)
+            log.close()
         self._logs = []
         if self._stream_failing:
             self._give_up_stream()  # or the interpreter would end with code 120 on flushing it

@@ -50,6 +50,13 @@ class LineFile:
                 self._try()
             return len(self._waiting) + self.lost
 
+    def close(self) -> int:
+        """The last `flush`: tells on stderr what is not in the file."""
+        missing = self.flush()
+        if missing:
+            logger.warning("%s lacks %d lines: it could not be written", self.file, missing)
+        return missing
+
     def _try(self) -> None:
         try:
             _append(self.file, "".join(f"{line}\n" for line in self._waiting))

@@ -61,8 +61,8 @@ class MetricsFile:
         self._lines.write(json.dumps({"step": step, "event": event, **{k: _plain(v) for k, v in values.items()}}))
 
     def close(self) -> int:
-        """Try once more to write what could not be written; how many records are not in the file."""
-        return self._lines.flush()
+        """Try once more to write what could not be written; how many records are not in the file, told on stderr as well."""
+        return self._lines.close()
 
 
 def _stays(line: str, step: int, evaluated: bool) -> bool:

@@ -176,7 +176,7 @@ def test_a_run_that_is_refused_leaves_no_books(tiny_base, tiny_text, tmp_path):
     quick = {"max_steps": 2, "eval_strategy": "no"}
     run(1, "train", *options(tiny_base, tiny_text, out, **quick))
     status, record = read(out / "status.json"), read(out / "attempts/attempt-1.json")
-    assert (status["state"], status["step"], status["exit_code"]) == ("completed", 2, 0)
+    assert (status["state"], status["reason"], status["step"], status["exit_code"]) == ("completed", "", 2, 0)
     assert record["argv"][0] == "train" and f"--train.output_dir={out}" in record["argv"]
     assert (out / "attempts/attempt-1.log").read_text() == (out / "train.log").read_text()
     manifest = read(out / "checkpoint-2/manifest.json")

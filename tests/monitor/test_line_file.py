@@ -43,7 +43,7 @@ def test_what_waits_is_bounded_and_losses_are_told(tmp_path, warnings):
     file = LineFile(tmp_path / "run" / "log", waiting_lines=3)
     for n in range(10):
         file.write(str(n))
-    assert file.lost == 7 and file.flush() == 10
+    assert file.lost == 7 and file.close() == 10 and warnings()[-1].endswith("lacks 10 lines: it could not be written")
     (tmp_path / "run").mkdir()
     assert file.flush() == 0
     assert (tmp_path / "run/log").read_text() == "7\n8\n9\n" and warnings()[-1].endswith("; 7 lines were lost")
