@@ -20,7 +20,7 @@ from typing import Any
 
 from fuzz_checks import RUNNING, last_step
 from fuzz_plan import RANKS, Plan
-from kill_moments import STAGING, FolderWatch
+from kill_moments import CHECKPOINT, STAGING, FolderWatch
 from preloaded import QUIET, Parent, Rank, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +76,7 @@ class ForkedRanks:
             return None
         return {
             "folder": str(run),
-            "only": STAGING if plan.aim == "save operation" else "",
+            "only": CHECKPOINT if plan.aim == "save operation" else "",
             "number": plan.operation,
             "victims": [rank.pid for rank in self._ranks if rank.number in plan.victims],
             "itself": 0 in plan.victims,
@@ -201,11 +201,11 @@ class Attempt:
             o.training_at = now
         if name == "metrics.jsonl" and what == "changed" and o.training_at is not None:
             self._step_seen(now)
-        if what == "created" and name.startswith(f"{STAGING}checkpoint-"):
+        if what == "created" and name.startswith(f"{STAGING}{CHECKPOINT}"):
             self._saves, self._staged_at = self._saves + 1, now
             if self.plan.aim == "save" and self._saves == self.plan.save:
                 self._kill_at = now + self.plan.delay_s
-        elif what == "moved" and name.startswith("checkpoint-") and self._staged_at:
+        elif what == "moved" and name.startswith(CHECKPOINT) and self._staged_at:
             o.saves_s.append(now - self._staged_at)
 
     def _step_seen(self, now: float) -> None:

@@ -10,7 +10,7 @@ so on until it completes. Its settings, and whom each kill hits when, are drawn 
 
     time             anywhere from the start of loading to the end
     save             so many ms after a save's staging folder appeared
-    save operation   before the k-th file operation in staging: the same number hits the same point of a save each time
+    save operation   before the k-th file operation on checkpoints: the same number hits the same point of a save each time
     operation        before the k-th file operation of the whole run folder
 
 Some attempts are asked to stop by a signal to one rank instead, and have to end with the exit code for it, no step lost.
@@ -42,7 +42,7 @@ import random_llama
 from fuzz_attempt import Attempt, ForkedRanks, HangError, Outcome, Torchrun, processes_of
 from fuzz_checks import MOMENTS, RUNNING, Folder, damage, differences, last_step, moment, records, resumed_step, unfinished_save
 from fuzz_plan import RANKS, Plan, Reference, Setting, draw_plan, draw_settings
-from kill_moments import STAGING
+from kill_moments import CHECKPOINT
 from preloaded import Parent
 
 from lora_dist.log import EXIT_STOPPED
@@ -240,7 +240,6 @@ class Fuzzer:
         if o.codes != [0] * RANKS or o.training_at is None or o.last_step_at is None or not o.saves_s:
             raise FailureError(f"the uninterrupted run ended with {o.codes}; see {files}.rank-0.txt")
         operations = files.with_name(f"{files.name}.operations.txt").read_text().splitlines()
-        staged = sum(f"{STAGING}final" not in line for line in operations if STAGING in line)
         reference = Reference(
             run=run,
             loading_s=o.training_at - start,
@@ -249,7 +248,7 @@ class Fuzzer:
             save_s=statistics.median(o.saves_s),
             saved_steps=tuple(sorted({row["step"] for row in records(run, "save")})),
             operations=len(operations),
-            save_operations=staged // len(o.saves_s),
+            save_operations=sum(CHECKPOINT in line for line in operations) // len(o.saves_s),
         )
         say(
             f"  uninterrupted: {o.ended_at - start:.1f} s, {reference.loading_s:.1f} of them loading; {len(o.saves_s)} saves of "

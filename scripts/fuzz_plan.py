@@ -88,7 +88,7 @@ class Reference:
     operations: int
     """file operations in the run folder"""
     save_operations: int
-    """those of one save in staging, its part of retention included"""
+    """those of one save on checkpoints, its part of retention included"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Plan:
 
     aim: str = "none"
     """time: `delay_s` after `after_step` (0: after the start); save: `delay_s` after the `save`-th staging folder appeared; operation, save
-    operation: before the `operation`-th file operation, of any file or in staging; none: let it run to its end"""
+    operation: before the `operation`-th file operation, of any file or on checkpoints; none: let it run to its end"""
     victims: tuple[int, ...] = tuple(range(RANKS))
     torchrun: bool = False
     after_step: int = 0
@@ -116,7 +116,7 @@ class Plan:
             "time": f"{self.delay_s:.2f} s after {f'step {self.after_step}' if self.after_step else 'the start'}",
             "save": f"{1000 * self.delay_s:.1f} ms into save {self.save}",
             "operation": f"before file operation {self.operation}",
-            "save operation": f"before operation {self.operation} in staging",
+            "save operation": f"before operation {self.operation} on checkpoints",
             "none": "not at all",
         }[self.aim]
         who = "both" if len(self.victims) == RANKS else f"rank {self.victims[0]}"
@@ -148,7 +148,7 @@ def draw_plan(key: str, reference: Reference, steps: int, done: int, *, torchrun
     if aim in ("save", "save operation") and saves == 0:
         aim = "time"  # only the end is left
     if aim == "save":
-        return Plan(aim, victims, torchrun, save=1 + int(where * saves), delay_s=share * 1.2 * reference.save_s)
+        return Plan(aim, victims, torchrun, save=1 + int(where * saves), delay_s=share * 1.4 * reference.save_s)
     if aim == "save operation":
         return Plan(aim, victims, torchrun, operation=1 + int(where * saves * reference.save_operations))
     if aim == "operation":

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 STAGING = ".saving-"
+CHECKPOINT = "checkpoint-"
+"""in the paths of a checkpoint's files, staged or not"""
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "shutil.rmtree"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
