@@ -89,6 +89,10 @@ class Cluster:
         self._launch("slurmctld", "-D")
         for node in ("n1", "n2"):
             self.return_node(node)
+        self.wait_idle()
+
+    def wait_idle(self) -> None:
+        """Until both nodes are there and free: a job may otherwise start on one, where it can."""
         wait_for(lambda: self.node_states() == {"n1": "idle", "n2": "idle"}, "two idle nodes")
 
     def stop(self) -> None:

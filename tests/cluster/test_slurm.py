@@ -25,7 +25,8 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMO
 
 
 def submit(cluster: Cluster, config: Path, out: Path, *options: str, train: tuple[str, ...] = (), **variables: str) -> str:
-    """Queue a run through `lora-dist submit`; the job's number."""
+    """Queue a run through `lora-dist submit`, once both nodes are free; the job's number."""
+    cluster.wait_idle()
     argv = ["submit", "--config", str(config), *options, "--", "--train.output_dir", str(out), *train]
     env = environment(SLURM_CONF=str(cluster.folder / "slurm.conf"), CUDA_VISIBLE_DEVICES="", **variables)
     done = subprocess.run([sys.executable, "-m", "lora_dist", *argv], env=env, cwd=ROOT, capture_output=True, text=True)
@@ -151,6 +152,7 @@ def test_time_limit(cluster: Cluster, config: Path, pace: Pace, tmp_path: Path, 
 def test_lost_node(cluster: Cluster, config: Path, reference: Path, tmp_path: Path, note: Figures) -> None:
     """One node dies with all that runs on it. Started by plain sbatch. The job waits for the node, goes on when it is back."""
     out = tmp_path / "out"
+    cluster.wait_idle()
     script = str(ROOT / "launch" / "slurm.sbatch")
     argv = ["--config", str(config), "--train.output_dir", str(out)]
     output = f"--output={tmp_path}/slurm.out"
@@ -179,8 +181,10 @@ def test_goes_on_with_the_node_that_is_left(cluster: Cluster, config: Path, refe
         fields = wait_over(cluster, job, out)
     finally:
         cluster.return_node("n2")
-        wait_for(lambda: cluster.node_states() == {"n1": "idle", "n2": "idle"}, "two idle nodes")
+        cluster.wait_idle()
     assert fields["JobState"] == "COMPLETED" and fields["NumNodes"] == "1", f"{fields}\n{console(out)}"
+    starts = [json.loads((out / "attempts" / f"attempt-{n}.json").read_text()) for n in (1, 2)]
+    assert [one["processes"] for one in starts] == [2, 1]
     mine, theirs = losses(out), losses(reference)
     assert mine.keys() == theirs.keys()
     assert max(abs(mine[step] - theirs[step]) / theirs[step] for step in theirs) < 1e-5
@@ -243,7 +247,7 @@ def test_cancelled_stays_cancelled(cluster: Cluster, config: Path, tmp_path: Pat
     wait_for(lambda: last_step(out) >= 2, "step 2")
     cluster.run("scancel", job)
     assert wait_over(cluster, job, out)["JobState"] == "CANCELLED"
-    wait_for(lambda: cluster.node_states() == {"n1": "idle", "n2": "idle"}, "the script's end")
+    cluster.wait_idle()  # the script has ended
     assert cluster.state(job) == "CANCELLED"
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
     assert os.listdir(out / "attempts").count(f"slurm-{job}-1.json") == 0
