@@ -299,11 +299,13 @@ class ParallelArgs:
     """Where to compute; auto: GPUs if there are any."""
     timeout_s: float = 1800.0
     """How long a collective waits for the other processes."""
+    join_timeout_s: float = 300.0
+    """Under torchrun with restarts: how long a process waits for the others to start, before torchrun starts those that are left."""
     peer_timeout_s: float = 15.0
     """Under torchrun with restarts: how long another machine may be silent before the run goes on without it (no power, no network)."""
 
     def problems(self) -> Iterator[str]:
-        yield from _positive("parallel", self, "timeout_s", "peer_timeout_s")
+        yield from _positive("parallel", self, "timeout_s", "join_timeout_s", "peer_timeout_s")
         zero = self.strategy in ("auto", "zero1", "zero2", "zero3")
         if self.ds_config is not None and not zero:
             yield f"parallel.ds_config: found {self.ds_config} with strategy {self.strategy}, expected zero1, zero2, zero3 or auto"

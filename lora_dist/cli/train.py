@@ -56,7 +56,9 @@ def run(config: RunConfig) -> int:
     if problems:
         raise UserError(problems)
     args = config.parallel
-    world = init_world(backend=args.backend, device=args.device, timeout_s=args.timeout_s, always=True)
+    world = init_world(
+        backend=args.backend, device=args.device, timeout_s=args.timeout_s, join_timeout_s=args.join_timeout_s, always=True
+    )
     try:
         return train(config, world, argv=sys.argv[1:])
     finally:

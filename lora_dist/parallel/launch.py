@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from lora_dist.log import UserError
 
@@ -143,13 +143,21 @@ def _device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def init_world(*, backend: str = "auto", device: str = "auto", timeout_s: float = 1800.0, always: bool = False) -> World:
+def init_world(
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    timeout_s: float = 1800.0,
+    join_timeout_s: float | None = None,
+    always: bool = False,
+) -> World:
     """Join the other processes, if a launcher started several.
 
     Args:
         backend: gloo, nccl or auto (nccl on GPUs, else gloo).
         device: cpu, cuda or auto.
         timeout_s: how long a collective waits.
+        join_timeout_s: how long to wait for the others to start, where a launcher starts again what fails; None: as long.
         always: make a process group for a single process too, which sharded strategies want.
 
     Raises:
@@ -165,9 +173,28 @@ def init_world(*, backend: str = "auto", device: str = "auto", timeout_s: float 
         backend = ("nccl" if where.type == "cuda" else "gloo") if backend == "auto" else backend
         if backend == "nccl" and where.type != "cuda":
             raise UserError("parallel.backend: found nccl on CPU, expected gloo (or parallel.device cuda)")
-        store = HashStore() if size == 1 else None  # no address to meet at is needed
+        store = HashStore() if size == 1 else _meeting(rank, size, timeout_s, join_timeout_s)  # alone, no address is needed
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), store=store)
     return World(rank, size, local_rank, local_size, where)
+
+
+def _meeting(rank: int, size: int, timeout_s: float, join_timeout_s: float | None) -> Store | None:
+    """The store that the processes meet at, with all of them there; None: torch makes it, and waits for `timeout_s`.
+
+    A machine that is lost while processes start has no connection yet that could fail: only the time tells.
+    """
+    if join_timeout_s is None or not launcher_restarts() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        rank == 0,
+        timedelta(seconds=min(timeout_s, join_timeout_s)),
+        multi_tenant=True,
+    )
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return PrefixStore("default_pg", store)
 
 
 def close_world() -> None:

@@ -31,8 +31,8 @@ pytestmark = pytest.mark.distributed
 
 HUB, PORT = "10.97.5.3", 29400
 STEPS, WINDOWS = 60, 48
-# Quicker than the launcher's own, so that the test is: a machine is given up after 3 s, a silent connection after 4 s.
-QUICK = "keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
+# Quicker than the launcher's own, so that the test is: a machine is given up after 4 s, a silent connection after 4 s.
+QUICK = "keep_alive_interval=1,keep_alive_max_attempt=4,last_call_timeout=3"
 RESUMED = re.compile(r"Resuming from \S+ at step (\d+) \((\d+) process")
 
 
@@ -209,7 +209,7 @@ class Elastic:
 
     def finish(self) -> list[int]:
         agents = [m.agent for m in self.network.machines if m.agent is not None]
-        self.until(lambda: all(agent.poll() is not None for agent in agents))
+        self.until(lambda: all(agent.poll() is not None for agent in agents), timeout_s=300)
         return [agent.returncode for agent in agents]
 
 
@@ -256,10 +256,20 @@ def assert_equal(reference: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("killed", "cut"), [(1, 0), pytest.param(0, 1, marks=pytest.mark.matrix)])
-def test_either_machine_is_lost_and_comes_back(killed, cut, elastic, uninterrupted):
-    """One is killed and started anew, then the other one's link is cut and mended: two processes, one, two, one, two."""
+@pytest.mark.parametrize(
+    ("killed", "cut", "strategy", "waits"),
+    [
+        (1, 0, "ddp", False),
+        *(pytest.param(0, 1, name, name == "ddp", marks=pytest.mark.matrix) for name in ("ddp", "fsdp2", "zero3")),
+    ],
+)
+def test_either_machine_is_lost_and_comes_back(killed, cut, strategy, waits, elastic, uninterrupted):
+    """One is killed and started anew, then the other one's link is cut and mended: two processes, one, two, one, two.
+
+    What was cut off is started anew as well, unless it `waits` to join again by itself, for which TCP takes its time.
+    """
     machines = elastic.network.machines
+    elastic.argv.append(f"--parallel.strategy={strategy}")
     for machine in machines:
         elastic.start(machine)
     elastic.until(lambda: elastic.step() >= 7)
@@ -278,11 +288,50 @@ def test_either_machine_is_lost_and_comes_back(killed, cut, elastic, uninterrupt
     assert machines[1 - cut].workers() == [0]
     elastic.until(lambda: elastic.step() >= fault.resumed_from + 2)
     assert machines[cut].workers() == []
-    back = elastic.after("mended", machines[cut].heal, processes=2)
+    if waits:
+        back = elastic.after("mended", machines[cut].heal, processes=2)
+    else:
+        machines[cut].kill()
+        machines[cut].heal()
+        back = elastic.after("mended and started anew", lambda: elastic.start(machines[cut]), processes=2)
     assert back.steps_lost == 0
 
     assert elastic.finish() == [0, 0]
     assert [n for _, n in elastic.resumes()] == [1, 2, 1, 2]
+    assert_equal(uninterrupted, elastic.out)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_machine_that_is_asked_to_end_costs_no_step(asked, elastic, uninterrupted):
+    """As before a preemption: SIGTERM to one torchrun. All save; the other machine goes on alone."""
+    machines = elastic.network.machines
+    for machine in machines:
+        elastic.start(machine)
+    elastic.until(lambda: elastic.step() >= 7)
+    agent = machines[asked].agent
+    fault = elastic.after("asked to end", lambda: agent.send_signal(signal.SIGTERM), processes=1)
+    assert fault.steps_lost == 0
+    assert agent.wait(timeout=60) == 1
+    assert elastic.finish()[1 - asked] == 0
+    assert_equal(uninterrupted, elastic.out)
+
+
+@pytest.mark.slow
+@pytest.mark.matrix
+def test_a_machine_that_is_lost_while_processes_start(elastic, uninterrupted):
+    """The other one has no connection to it yet that could fail, and starts again when it has waited long enough."""
+    machines = elastic.network.machines
+    elastic.argv.append("--parallel.join_timeout_s=20")
+    for machine in machines:
+        elastic.start(machine)
+    elastic.until(lambda: machines[1].workers() == [1])
+    machines[1].kill()
+    assert elastic.step() == 0
+    elastic.until(lambda: elastic.step() > 0)
+    assert machines[0].workers() == [0]
+    assert elastic.finish()[0] == 0
     assert_equal(uninterrupted, elastic.out)
 
 
