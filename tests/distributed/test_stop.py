@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -51,14 +52,17 @@ def whole(pair: WorkerGroup, tiny_base: Path, tiny_text: Path, tmp_path_factory:
 
 
 def workers(group: WorkerGroup) -> list[int]:
-    """Process ids by rank."""
-    found = {}
-    for launcher in group._launchers:
-        for pid in descendants(launcher.pid):
-            rank = psutil.Process(pid).environ().get("RANK")
-            if rank is not None:
-                found[int(rank)] = pid
-    return [found[rank] for rank in sorted(found)]
+    """Process ids by rank, once all are there."""
+    found: dict[int, int] = {}
+    deadline = time.monotonic() + 60
+    while len(found) < group.processes and time.monotonic() < deadline:
+        for launcher in group._launchers:
+            for pid in descendants(launcher.pid):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank = psutil.Process(pid).environ().get("RANK")
+                    if rank is not None:
+                        found[int(rank)] = pid
+    return [found[rank] for rank in range(group.processes)]
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
@@ -139,6 +143,7 @@ def test_a_stop_that_is_asked_for_again_and_again_ends_at_the_same_result(pair, 
 
 
 def test_a_time_limit_stops_before_it_is_reached(pair, tiny_base, tiny_text, tmp_path):
+    pair.run(*options(tiny_base, tiny_text, tmp_path / "warm", max_steps=1, eval_strategy="no", save_strategy="no"))
     age = max(time.time() - psutil.Process(pid).create_time() for pid in workers(pair))
     start, limit_s = time.time(), 10
     argv = options(
