@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_dist.process import end_with_parent
 
 VERBS = {
     "prune": "zero the least important tiles of a model",
@@ -56,9 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def end_with_launcher() -> None:
     """Have the kernel end this worker when its launcher dies: one killed by SIGKILL cannot end its workers, which would then go on
     writing, or wait for a dead store. Before any heavy import, so that none is missed. Linux only."""
-    if "LOCAL_RANK" in os.environ and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
+        return
+    end_with_parent()
+    # One that was killed before this line sends no signal: its worker has become a child of init, unless it was init itself.
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+        raise SystemExit("lora-dist: torchrun has died before this worker began")
 
 
 def _is_main_process() -> bool:
