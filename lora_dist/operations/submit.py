@@ -197,11 +197,26 @@ def _with_task(config: Config) -> list[tuple[str, str]]:
     ]
 
 
+def _processes(args: SubmitArgs) -> int:
+    """On each node."""
+    return args.ntasks_per_node or args.gpus_per_node or 1
+
+
 def _directives(args: SubmitArgs, run_folder: str, array: str | None, output: str, directory: Path) -> Iterator[str]:
     yield f"--job-name={args.job_name or re.sub(r'[^A-Za-z0-9_.-]', '-', Path(run_folder).name)}"
     yield f"--nodes={args.nodes}"
-    yield f"--ntasks-per-node={args.ntasks_per_node or args.gpus_per_node or 1}"
-    for key in ("gpus_per_node", "cpus_per_task", "mem", "time", "partition", "account", "qos"):
+    processes, cpus = _processes(args), args.cpus_per_task
+    if "-" in args.nodes:
+        # With --ntasks-per-node Slurm takes the least number of nodes; with --ntasks as many as there are, and waits for all of them unless
+        # tasks may share. So: one task stands for a node.
+        yield f"--ntasks={args.nodes.partition('-')[2]}"
+        yield "--overcommit"
+        cpus = processes * (cpus or 1)
+    else:
+        yield f"--ntasks-per-node={processes}"
+    if cpus is not None:
+        yield f"--cpus-per-task={cpus}"
+    for key in ("gpus_per_node", "mem", "time", "partition", "account", "qos"):
         value = getattr(args, key)
         if value is not None:
             yield f"--{key.replace('_', '-')}={value}"
@@ -221,6 +236,7 @@ def _variables(args: SubmitArgs, python: str, folder: Path, sweep: Path | None) 
     return {
         "PYTHON": python,
         "LAUNCHER": args.launcher,
+        "NPROC": str(_processes(args)),
         "LAUNCH_DIR": str(folder),
         "MAX_REQUEUES": str(args.max_requeues if args.requeue else 0),
         **({"SWEEP": str(sweep)} if sweep is not None else {}),

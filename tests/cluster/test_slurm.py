@@ -90,7 +90,8 @@ def newest(out: Path, suffix: str) -> Path:
 
 
 def newest_console(out: Path) -> str:
-    return newest(out, ".out").read_text()
+    file = newest(out, ".json").with_suffix(".out")
+    return file.read_text() if file.exists() else ""
 
 
 def resumed_from(out: Path) -> int:

@@ -80,7 +80,9 @@ def test_a_job_is_written_and_queued(folder: Path) -> None:
     assert directives(job / "job.sbatch") == [
         "--job-name=out",
         "--nodes=2-4",
-        "--ntasks-per-node=8",
+        "--ntasks=4",
+        "--overcommit",
+        "--cpus-per-task=8",
         "--gpus-per-node=8",
         "--time=04:00:00",
         "--partition=main",
@@ -93,6 +95,7 @@ def test_a_job_is_written_and_queued(folder: Path) -> None:
         "--requeue",
         "--exclusive --comment='a b'",
     ]
+    assert "export NPROC=8" in (job / "job.sbatch").read_text()
     assert "job 4711 is queued" in done.stdout
     assert "out/attempts/slurm-4711-R.out" in done.stdout
     assert "scancel --batch --signal=USR1 4711" in done.stdout
@@ -199,6 +202,7 @@ def test_an_array_has_a_run_folder_for_each_task(folder: Path) -> None:
         ({"SLURM_TASKS_PER_NODE": "3(x2)", "SLURM_JOB_NUM_NODES": "2"}, "NNODES=2 NPROC=3"),
         ({"LAUNCHER": "srun", "SLURM_NTASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4"}, "--ntasks=1 --ntasks-per-node=1"),
         ({"LAUNCHER": "srun", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "6"}, "--ntasks-per-node=2 --cpus-per-task=6"),
+        ({"LAUNCHER": "srun", "NPROC": "2", "SLURM_JOB_CPUS_PER_NODE": "8", "SLURM_CPUS_PER_TASK": "8"}, "--cpus-per-task=4"),
         ({"SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}, "OMP_NUM_THREADS=4"),
     ],
 )
