@@ -59,7 +59,7 @@ def train(
     except (RuntimeError, MemoryError) as error:
         reason = _first_line(error)
         if _is_out_of_memory(error):
-            _advise_on_memory(config, world, console, where)
+            _advise_on_memory(config, parts, world, console, where)
         elif lost_process(error):
             step = "" if parts is None else f" at step {parts.state.step}"
             reason = (
@@ -101,12 +101,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _advise_on_memory(config: RunConfig, world: World, console: Console, where: str) -> None:
+def _advise_on_memory(config: RunConfig, parts: Parts | None, world: World, console: Console, where: str) -> None:
     advice = out_of_memory(
         block_size=config.data.block_size,
         gradient_checkpointing=config.train.gradient_checkpointing,
-        micro_batch=config.train.per_device_train_batch_size,
-        accumulation=config.train.gradient_accumulation_steps,
+        micro_batch=parts.loader.micro_batch if parts else config.train.per_device_train_batch_size,
+        accumulation=parts.loader.accumulation if parts else config.train.gradient_accumulation_steps,
         rank=config.adapter.r,
         where=where,
         peak_gib=peak_memory_gib(torch.device(world.device)),
