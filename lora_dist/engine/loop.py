@@ -29,6 +29,8 @@ from lora_dist.evaluation.perplexity import EvalResult
 from lora_dist.log import EXIT_HUNG, UserError
 
 EXPECT_AFTER_STEPS = 5
+LAUNCHER_GRACE_S = 30
+"""torchrun's, between the SIGTERM that it hands on and its SIGKILL"""
 
 
 @dataclass(frozen=True)
@@ -149,10 +151,20 @@ class Loop:
         )
         if news:
             self.saver.absorb()
+            self._tell_time_to_stop()
         reason = first_reason(asked)
         if reason is not None:
             raise Stopped(reason)
         return tokens
+
+    def _tell_time_to_stop(self) -> None:
+        """Once, after the first save, where a launcher would not wait for as long as a stop takes."""
+        needed_s = self._needed_s()
+        if self.saver.saves == 1 and needed_s > LAUNCHER_GRACE_S:
+            self.parts.console.warning(
+                f"stopping takes up to {needed_s:.0f} s (a step and a save), torchrun ends its processes {LAUNCHER_GRACE_S} s after a SIGTERM: "
+                "take smaller steps (train.gradient_accumulation_steps), or save often enough (train.save_steps)"
+            )
 
     def _evaluate_and_save(self, *, again: bool = False) -> None:
         """What is due after the step that was taken last. `again`: its checkpoint was written without."""

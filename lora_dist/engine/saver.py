@@ -74,6 +74,8 @@ class Saver:
         """step of the newest state that is on disk, on every process; -1: none"""
         self._owes_best = False
         self.longest_save_s = 0.0
+        self.saves = 0
+        """that this attempt has published"""
 
     def _step_on_disk(self) -> int:
         step = self._parts.state.step
@@ -135,7 +137,7 @@ class Saver:
             if outcome.step == p.state.best_step:
                 self._owes_best = outcome.problem is not None
             if outcome.problem is None:
-                self._failed_in_a_row, self.saved_step = 0, outcome.step
+                self._failed_in_a_row, self.saved_step, self.saves = 0, outcome.step, self.saves + 1
                 self.longest_save_s = max(self.longest_save_s, outcome.save_time_s + outcome.stall_time_s)
                 p.console.saved_files(
                     outcome.path / ADAPTER / "adapter_config.json", outcome.path / ADAPTER / "adapter_model.safetensors"

@@ -75,6 +75,12 @@ def test_the_final_adapter_is_the_best_and_not_the_last(tiny_base, tiny_text, tm
     assert all(torch.equal(kept[k], final[k]) for k in final)
 
 
+def test_a_stop_that_would_outlast_the_launchers_grace_is_told_once(tiny_base, tiny_text, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_dist.engine.loop.LAUNCHER_GRACE_S", 0)
+    train(tiny_base, tiny_text, tmp_path / "out", max_steps=8, eval_strategy="no", save_steps=2)
+    assert (tmp_path / "out" / "train.log").read_text().count("stopping takes up to") == 1
+
+
 def test_early_stopping_stops(tiny_base, tiny_text, tmp_path):
     changes = {
         "max_steps": 30,
