@@ -65,6 +65,7 @@ class Loop:
         self._step_times_s: list[float] = []
         self._since_log_tokens = 0
         self._since_log_s = 0.0
+        self._told_time_to_stop = False
 
     # The whole run
 
@@ -151,16 +152,17 @@ class Loop:
         )
         if news:
             self.saver.absorb()
-            self._tell_time_to_stop()
+        self._tell_time_to_stop()
         reason = first_reason(asked)
         if reason is not None:
             raise Stopped(reason)
         return tokens
 
     def _tell_time_to_stop(self) -> None:
-        """Once, after the first save, where a launcher would not wait for as long as a stop takes."""
+        """Once, after a save, where a launcher would not wait for as long as a stop takes."""
         needed_s = self._needed_s()
-        if self.saver.saves == 1 and needed_s > LAUNCHER_GRACE_S:
+        if self.saver.saves > 0 and needed_s > LAUNCHER_GRACE_S and not self._told_time_to_stop:
+            self._told_time_to_stop = True
             self.parts.console.warning(
                 f"stopping takes up to {needed_s:.0f} s (a step and a save), torchrun ends its processes {LAUNCHER_GRACE_S} s after a SIGTERM: "
                 "take smaller steps (train.gradient_accumulation_steps), or save often enough (train.save_steps)"
