@@ -221,6 +221,11 @@ class TrainArgs:
         yield from _fraction("train", self, "warmup_ratio", "adam_beta1", "adam_beta2")
         if self.max_runtime is not None and seconds(self.max_runtime) is None:
             yield f"train.max_runtime: found {self.max_runtime}, expected seconds or [D-]HH:MM:SS, above 0"
+        elif self.max_runtime is not None and (seconds(self.max_runtime) or 0) <= self.stop_margin_s:
+            yield (
+                f"train.max_runtime: found {self.max_runtime}, expected more than train.stop_margin_s ({self.stop_margin_s:g} s), "
+                "which is kept free before it"
+            )
         for name in (
             "warmup_steps", "weight_decay", "max_grad_norm", "seed", "early_stopping_threshold", "stop_margin_s", "lock_timeout_s"
         ):  # fmt: skip
@@ -368,4 +373,7 @@ class RunConfig:
                 f"health.hang_timeout_s: found {self.health.hang_timeout_s:g} with parallel.timeout_s {self.parallel.timeout_s:g}, "
                 "expected less (0: off), or a collective gives up before it can be said which process hangs"
             )
+        for key, asked in (("spike_nats", self.health.spike_nats), ("non_finite", self.health.non_finite)):
+            if self.train.save_strategy == "no" and asked not in (None, "stop", "skip"):
+                lines.append(f"health.{key}: found {asked} with train.save_strategy no, expected checkpoints to go back to")
         return lines

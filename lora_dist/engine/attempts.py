@@ -158,6 +158,20 @@ class Attempt:
             logger.warning("%s cannot be written (%s): the run goes on", self._folder.path / name, error.strerror)
 
 
+def note_refusal(folder: Path, reason: str, *, exit_code: int) -> None:
+    """A start that would go on with this run has come to nothing: no status of an earlier attempt may say that it is worth another one.
+    A completed run stays completed. The caller holds the folder's lock."""
+    try:
+        before = json.loads((folder / STATUS).read_bytes())
+        if before["state"] != "completed":
+            write_whole(
+                folder / STATUS,
+                json.dumps({**before, "state": "failed", "reason": reason, "exit_code": exit_code, "time": _now()}),
+            )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.info("%s is not brought up to date: %s", folder / STATUS, error)
+
+
 def _close_dead(folder: Path, now: int) -> None:
     """Attempts before this one that are said to run were killed: nobody can be at work, since this one holds the lock."""
     for file in (folder / ATTEMPTS).glob("attempt-*.json"):

@@ -140,6 +140,8 @@ def check_folder(folder: Path, *, resume: str | None, overwrite: bool, needs_bes
     if other_run and plan.checkpoint is not None and folder.resolve() in plan.checkpoint.resolve().parents:
         raise UserError(f"train.resume_from_checkpoint: {plan.checkpoint} lies inside {folder}, but is no checkpoint-N of it")
     _require_writable(folder)
+    if resume == "auto" and plan.checkpoint is None and not other_run and (folder / RUN).exists():
+        plan = replace(plan, skipped=(f"{folder} has no checkpoint: starting from step 0",))
     return replace(plan, move_aside=other_run)
 
 
@@ -229,12 +231,13 @@ def changed_settings(folder: Path, config: Mapping[str, Any]) -> list[str]:
     file = folder / CONFIG
     try:
         before = yaml.safe_load(file.read_text()) if file.exists() else {}
-    except (OSError, yaml.YAMLError):
+        then = {section: {**config[section], **(before.get(section) or {})} for section in config}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError):
         return [f"{CONFIG} of the earlier attempt cannot be read: its settings are not compared"]
     lines = []
     for section, values in config.items():
         for key, value in values.items():
-            old = (before.get(section) or {}).get(key, value) if isinstance(before, dict) else value
+            old = then[section][key]
             if old != value and f"{section}.{key}" not in _MAY_CHANGE:
                 lines.append(f"{section}.{key} was {old} before, is {value} now")
     return lines

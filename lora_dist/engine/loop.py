@@ -23,7 +23,7 @@ from lora_dist.engine.saver import Saver
 from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import NonFiniteError, StepResult
-from lora_dist.engine.stop import Stop, Stopped, first_reason
+from lora_dist.engine.stop import TIME_LIMIT, Stop, Stopped, first_reason
 from lora_dist.engine.watch import STACKS, Watch
 from lora_dist.evaluation.perplexity import EvalResult
 from lora_dist.log import EXIT_HUNG, UserError
@@ -182,6 +182,11 @@ class Loop:
         """Collective: save what has been trained, unless it is saved, and say how to go on."""
         p, step = self.parts, self.state.step
         where = f"stopped at step {step} of {p.total_steps} ({reason})"
+        if reason == TIME_LIMIT and not self._step_times_s:  # another attempt would get no further
+            raise UserError(
+                f"train.max_runtime, or the Slurm job's time limit: found no time for one step at step {step} of {p.total_steps}, expected a "
+                f"limit that leaves more than train.stop_margin_s ({self.train.stop_margin_s:g} s) once the run is loaded"
+            )
         if step == 0:
             p.console.note(f"{where}: nothing was trained yet")
         elif self.train.save_strategy == "no":

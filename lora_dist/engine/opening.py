@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from lora_dist.config import RunConfig
-from lora_dist.engine.attempts import Attempt, attempt_log
+from lora_dist.engine.attempts import Attempt, attempt_log, note_refusal
 from lora_dist.engine.folder import LOG, METRICS, FolderPlan, check_folder, claim_folder, wait_for_folder
 from lora_dist.engine.held import HeldFolder
 from lora_dist.log import UserError
@@ -49,9 +49,18 @@ class Opening:
         needs_best = train.load_best_model_at_end and train.eval_strategy != "no"
         try:
             return check_folder(folder, resume=resume, overwrite=train.overwrite_output_dir, needs_best=needs_best)
-        except UserError:
+        except UserError as error:
+            if resume == "auto":
+                note_refusal(folder, error.problems[0], exit_code=2)
             self.close()
             raise
+
+    def refuse(self, error: BaseException) -> None:
+        """The run is not to be: say so in its status, if this start was to go on with it, and let go of the folder."""
+        if self._lock is not None and self.plan.own and self.attempt is None and isinstance(error, Exception):
+            code = 2 if isinstance(error, UserError) else 1
+            note_refusal(self.plan.folder, (str(error).splitlines() or [type(error).__name__])[0], exit_code=code)
+        self.close()
 
     def close(self) -> None:
         """Let go of the folder, for a run that is not to be."""

@@ -133,25 +133,19 @@ class Saver:
         p = self._parts
         outcomes: list[Outcome] = p.world.broadcast(self._running.result() if self._running is not None else [])
         self._running = None
+        failed = [outcome for outcome in outcomes if outcome.problem is not None]
+        self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
         for outcome in outcomes:
             if outcome.step == p.state.best_step:
                 self._owes_best = outcome.problem is not None
             if outcome.problem is None:
-                self._failed_in_a_row, self.saved_step, self.saves = 0, outcome.step, self.saves + 1
-                self.longest_save_s = max(self.longest_save_s, outcome.save_time_s + outcome.stall_time_s)
-                p.console.saved_files(
-                    outcome.path / ADAPTER / "adapter_config.json", outcome.path / ADAPTER / "adapter_model.safetensors"
-                )
-                p.console.checkpoint_saved(outcome.step)
-                values = {"saved_step": outcome.step, "save_time_s": outcome.save_time_s, "stall_time_s": outcome.stall_time_s}
-                self._record("save", values)
+                self._tell_success(outcome)
             else:
-                self._failed_in_a_row += 1
                 self._tell_failure(outcome)
-        if self._failed_in_a_row >= self._max_failed:
+        if failed and self._failed_in_a_row >= self._max_failed:
             raise UserError(
                 f"train.max_failed_saves: {self._failed_in_a_row} checkpoints in a row could not be written, the last because: "
-                f"{next(o.problem for o in reversed(outcomes) if o.problem)}"
+                f"{failed[-1].problem}"
             )
 
     def surely(self) -> None:
@@ -195,6 +189,16 @@ class Saver:
         if self._running is not None and self._running.exception() is None:
             for outcome in self._running.result():
                 self._parts.console.log_only(f"checkpoint-{outcome.step}: {outcome.problem or 'saved'}")
+
+    def _tell_success(self, outcome: Outcome) -> None:
+        console = self._parts.console
+        self.saved_step, self.saves = outcome.step, self.saves + 1
+        self.longest_save_s = max(self.longest_save_s, outcome.save_time_s + outcome.stall_time_s)
+        adapter = outcome.path / ADAPTER
+        console.saved_files(adapter / "adapter_config.json", adapter / "adapter_model.safetensors")
+        console.checkpoint_saved(outcome.step)
+        values = {"saved_step": outcome.step, "save_time_s": outcome.save_time_s, "stall_time_s": outcome.stall_time_s}
+        self._record("save", values)
 
     def _tell_failure(self, outcome: Outcome) -> None:
         text = (

@@ -87,8 +87,8 @@ def build(config: RunConfig, world: World, console: Console, *, argv: Sequence[s
     opening = Opening(config, world, console)
     try:
         return _build(config, world, console, opening, argv)
-    except BaseException:
-        opening.close()
+    except BaseException as error:
+        opening.refuse(error)
         raise
 
 
@@ -129,6 +129,8 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     opening.claim(argv, first_step=state.step, total_steps=total_steps, resumed=checkpoint is not None)
     if checkpoint is not None:
         console.resumed(checkpoint.path, state.step, world.size)
+        if state.step > total_steps:
+            console.note(f"it is past the {total_steps} steps that are asked for: nothing is trained")
     for note in batch.notes:
         console.note(note)
     return Parts(

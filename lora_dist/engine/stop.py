@@ -24,6 +24,7 @@ REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT)
 """in the order of `Stop.flags`; where several apply, the first is the one that is named"""
 SECOND_AFTER_S = 1.0
 """A terminal's Ctrl-C may arrive twice, from the terminal and from the launcher; a second one is a second one after this long."""
+ABORT_S = 1.0
 _CLOSE = 0  # no signal has this number
 
 
@@ -56,6 +57,8 @@ class Stop:
         exit_code: Callable[[str], int] = lambda reason: EXIT_STOPPED,
     ):
         self.deadline, self._margin_s, self._exit_code = deadline, margin_s, exit_code
+        self.on_abort: Callable[[], None] = lambda: None
+        """called, for a second at most, before a second SIGINT ends the process"""
         self._asked: set[str] = set()
         self._first_interrupt_s: float | None = None
         self._training = False
@@ -129,6 +132,9 @@ class Stop:
             os._exit(130 if name == "SIGINT" else self._exit_code(name))
         if name == "SIGINT" and self._first_interrupt_s is not None and now - self._first_interrupt_s >= SECOND_AFTER_S:
             _say("second SIGINT: ending at once; the last checkpoint stands")
+            last_words = threading.Thread(target=self.on_abort, daemon=True)
+            last_words.start()
+            last_words.join(timeout=ABORT_S)
             os._exit(130)
         if name == "SIGINT" and self._first_interrupt_s is None:
             self._first_interrupt_s = now

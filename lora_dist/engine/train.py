@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import psutil
 import torch
@@ -48,6 +49,7 @@ def train(
         parts = build(config, world, console, argv=argv)
         notice_lost_peers(config.parallel.peer_timeout_s)
         look(parts)
+        stop.on_abort = partial(_note_abort, parts)
         where = "while training"
         ended = Loop(parts, stop).run()
         code = 0 if ended.stopped is None else _exit_code(ended.stopped)
@@ -72,7 +74,6 @@ def train(
             raise
         return 1
     finally:
-        stop.close()
         if parts is not None and parts.attempt is not None:
             parts.attempt.end(state, reason, step=parts.state.step, exit_code=code)
         if parts is not None and parts.tracker is not None:
@@ -81,6 +82,12 @@ def train(
         if parts is not None and parts.folder is not None:
             parts.metrics.close()
             parts.folder.close()
+        stop.close()  # last, so that a signal while the books are closed does not cut them off
+
+
+def _note_abort(parts: Parts) -> None:
+    if parts.attempt is not None:
+        parts.attempt.end("stopped", "second SIGINT, not saved", step=parts.state.step, exit_code=130)
 
 
 def _deadline(config: RunConfig) -> float | None:
