@@ -77,6 +77,7 @@ class Watch:
 
     def _run(self) -> None:
         seen, quiet_s, before_s = -1, 0.0, time.monotonic()
+        self._post(0.0)  # so that the others know host and pid, however soon this process is stopped
         while not self._ended.wait(self._poll_s):
             # A process that was stopped and goes on has not been quiet for all that time.
             now_s = time.monotonic()

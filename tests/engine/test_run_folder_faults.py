@@ -115,7 +115,9 @@ def test_a_disk_that_is_full_for_a_while(disk, undisturbed, tiny_base, tiny_text
     with at_work(log, *options(tiny_base, tiny_text, out, **LONG)) as process:
         wait_for(lambda: step_of(log) >= BROKEN_FROM, process, log)
         fill(disk)
+        # The page that a file ends in takes some more lines of it.
         wait_for(lambda: "was not saved (1 of at most 1000 in a row)" in log.read_text(), process, log)
+        wait_for(lambda: "metrics.jsonl cannot be written" in log.read_text(), process, log)
         (disk / "filler").unlink()
         text = finish(process, log)
     assert "No space left on device" in text and text.count("metrics.jsonl cannot be written") == 1
