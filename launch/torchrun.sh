@@ -48,7 +48,9 @@ find_rendezvous() { # -> MASTER_ADDR, MASTER_PORT, CONF
 read_arguments "$@"
 require_modules lora_dist torch
 NNODES="${NNODES:-1}"
-[[ "$NNODES" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fail "NNODES: found '$NNODES', expected a number of machines or MIN:MAX"
+if ! [[ "$NNODES" =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || [ "${NNODES%%:*}" -gt "${NNODES##*:}" ]; then
+  fail "NNODES: found '$NNODES', expected a number of machines, or MIN:MAX with MIN no larger"
+fi
 count_processes
 set_threads "$NPROC"
 

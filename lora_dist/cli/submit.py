@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,12 @@ def main(argv: Sequence[str]) -> int:
     from lora_dist.operations.submit import describe, folder_problems, queue, read_sweep, write_job
 
     own, of_train = split(argv)
+    misplaced = [token for token in own if re.match(rf"--({'|'.join(f.name for f in dataclasses.fields(RunConfig))})\.", token)]
+    if misplaced:
+        raise UserError(
+            f"{misplaced[0].partition('=')[0]}: found before --, expected behind it, where options of lora-dist train stand: "
+            f"lora-dist submit ... -- {misplaced[0].partition('=')[0]} VALUE"
+        )
     if any(token in ("-h", "--help") for token in own):
         parse(SubmitArgs, ["--help"], VERB)
     problems: list[str] = []

@@ -181,6 +181,10 @@ def test_what_is_missing_is_one_line_and_exit_code_2(script):
         assert "NODE_RANK: found nothing with NNODES=2" in refusal(script, **several)
     assert "NPROC: found 'many', expected a whole number" in refusal(script, NPROC="many")
     assert "NNODES: found 'x'" in refusal(script, NPROC="1", NNODES="x")
+    if script == "torchrun":
+        assert "NNODES: found '2:1', expected a number of machines, or MIN:MAX with MIN no larger" in refusal(
+            script, NPROC="1", NNODES="2:1"
+        )
     assert "NPROC: found '2', expected 1: prune runs on one process" in refusal(script, "prune", NPROC="2")
     words = shlex.split(launch(script, "--dry-run", "merge", "a", "b", "c", "--strategy", "fsdp2", NPROC="2").stdout)
     assert "merge" in words

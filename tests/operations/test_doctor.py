@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -544,5 +545,33 @@ def test_a_model_that_cannot_be_read(tiny_base, tmp_path):
     (broken / "config.json").write_bytes((tiny_base / "config.json").read_bytes())
     code, findings, _ = examine(tmp_path, model=str(broken), only=["model"])
     assert code == 1 and "found no weights" in only(findings, "model")["found"]
-    code, findings, _ = examine(tmp_path, model="some/name", offline=True, only=["model"])
-    assert code == 0 and only(findings, "model")["status"] == "SKIP"
+    for path in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):  # none of them can be a name on the hub
+        code, findings, _ = examine(tmp_path, model=path, only=["model"], offline=True)
+        assert code == 1 and only(findings, "model")["found"] == f"{path} is no directory"
+    for name in ("/nope", "./nope", "~/nope", "no/such/folder"):
+        for offline in (False, True):
+            code, findings, _ = examine(tmp_path, model=name, offline=offline, only=["model", "save_time"])
+            found = only(findings, "model")
+            assert code == 1 and f"found no directory {name}" in found["found"] and "directory of a model" in found["remedy"]
+
+
+def test_offline_a_hub_name_has_to_be_in_the_cache(tiny_base, tmp_path):
+    argv = ("--only", "model", "--model", "some/name", "--offline", "--output_dir", str(tmp_path))
+    done = command(*argv, HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 1 and "FAIL  model" in done.stdout and "hf download" in done.stdout
+    assert "found neither a directory some/name nor a model of that name in the hub's cache" in done.stdout
+    cached = tmp_path / "hub" / "hub" / "models--some--name"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny_base, snapshot)
+    done = command(*argv, HF_HOME=str(tmp_path / "hub"))
+    assert (
+        done.returncode == 0
+        and "OK    model" in done.stdout
+        and f"parameters in {size_text(os.path.getsize(tiny_base / 'model.safetensors'))}" in done.stdout
+    )
+    (snapshot / "model.safetensors").unlink()
+    done = command(*argv, HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 1 and "found no weights" in done.stdout

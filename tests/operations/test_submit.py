@@ -155,6 +155,15 @@ def test_all_problems_are_reported_and_nothing_is_written(folder: Path) -> None:
     assert not (folder / "out").exists()
 
 
+def test_options_of_train_before_the_dashes_are_told_where_they_belong(folder: Path) -> None:
+    done = submit(folder, "--train.max_steps", "4", "--", "--train.learning_rate", "3e-4")
+    assert done.returncode == 2 and not (folder / "out").exists()
+    assert done.stderr.splitlines() == [
+        "lora-dist submit: --train.max_steps: found before --, expected behind it, where options of lora-dist train stand: "
+        "lora-dist submit ... -- --train.max_steps VALUE"
+    ]
+
+
 def test_without_sbatch(folder: Path) -> None:
     done = submit(folder, sbatch=None)
     assert done.returncode == 2

@@ -28,7 +28,6 @@ SLOW_S = 2.0
 CLOCK_OFF_S = 120.0
 REFUSED = (403, 407, 502, 503, 504)
 """answers of a proxy or firewall in between, or of a server that is down"""
-OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,8 @@ def _clock_off(date: str | None) -> float:
         return 0.0
 
 
-def offline_reason(context: Context) -> str:
-    """What says that the hub is not to be asked; empty if nothing does."""
-    if context.args.offline:
-        return "--offline"
-    on = [name for name in OFFLINE_VARIABLES if context.env.get(name, "").strip().lower() in ("1", "true", "yes", "on")]
-    return f"{on[0]}={context.env[on[0]]}" if on else ""
-
-
 def check_hub(context: Context) -> Generator[Finding, None, None]:
-    reason = offline_reason(context)
+    reason = context.offline_reason
     if reason:
         yield skip("hub", f"not asked ({reason}): models and texts have to be local, or in the cache")
         return
@@ -177,13 +168,19 @@ def check_model(context: Context) -> Generator[Finding, None, None]:
         yield skip("model", "none given", "--model DIR for the size of its checkpoints")
         return
     reason = offline_reason(context)
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        yield fail("model", f"{name} is no directory", "give the directory of a model, or its name on the hub")
+        return
     if reason and not Path(name).exists():
         yield skip("model", f"{name} is no local directory, and the hub is not asked ({reason})")
         return
     try:
         facts = context.model
     except UserError as error:
-        yield fail("model", error.problems[0], "give the directory of a model: config.json and model.safetensors")
+        reason = context.offline_reason
+        not_asked = f", or download it before: hf download MODEL (the hub is not asked: {reason})" if reason else ""
+        yield fail("model", error.problems[0], f"give the directory of a model: config.json and model.safetensors{not_asked}")
         return
     stored = f" in {size_text(facts.stored_bytes)}" if facts.stored_bytes else ""
     size, _ = context.checkpoint
