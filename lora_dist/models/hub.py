@@ -15,7 +15,7 @@ _SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 """configuration and tokenizer"""
 
 
-def resolve(name: str, key: str, *, weights: bool = True, code: bool = False) -> Path:
+def resolve(name: str, key: str, *, weights: bool = True, code: bool = False, offline: bool = False) -> Path:
     """Local directory of a model.
 
     Args:
@@ -23,6 +23,7 @@ def resolve(name: str, key: str, *, weights: bool = True, code: bool = False) ->
         key: option that the name is from, for messages.
         weights: download the weights too (safetensors; torch files only where there are none).
         code: download model code and subfolders too.
+        offline: take a hub name from the cache only.
 
     Raises:
         UserError: if there is no such directory, and the hub does not have it, cannot be reached, or does not let us in.
@@ -35,20 +36,23 @@ def resolve(name: str, key: str, *, weights: bool = True, code: bool = False) ->
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{key}: found no directory {name}, expected one that holds config.json and model.safetensors")
     wanted = _SMALL + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])
-    folder = _download(name, key, wanted, code)
+    folder = _download(name, key, wanted, code, offline)
     if weights and not list(folder.glob("*.safetensors")):
-        folder = _download(name, key, [*wanted, "*.bin"], code)
+        folder = _download(name, key, [*wanted, "*.bin"], code, offline)
     return folder
 
 
-def _download(name: str, key: str, wanted: list[str], code: bool) -> Path:
+def _download(name: str, key: str, wanted: list[str], code: bool, offline: bool) -> Path:
+    ignored = None if code else ["*/*"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=None if code else ["*/*"]))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=ignored, local_files_only=offline))
     except GatedRepoError as error:
         raise _hub_error(name, key, "it is gated, and its conditions have to be accepted on its page") from error
     except RepositoryNotFoundError as error:
         raise _hub_error(name, key, "there is no such model, or it is private") from error
     except LocalEntryNotFoundError as error:
+        if offline:
+            raise UserError(f"{key}: found neither a directory {name} nor a model of that name in the hub's cache") from error
         reason = str(error.__cause__ or error).splitlines()[0]
         raise _hub_error(name, key, f"the hub cannot be reached, {reason}") from error
     except Exception as error:  # the client's transport errors have no common public base, and each means the same here

@@ -545,10 +545,7 @@ def test_a_model_that_cannot_be_read(tiny_base, tmp_path):
     (broken / "config.json").write_bytes((tiny_base / "config.json").read_bytes())
     code, findings, _ = examine(tmp_path, model=str(broken), only=["model"])
     assert code == 1 and "found no weights" in only(findings, "model")["found"]
-    for path in (str(tmp_path / "nowhere"), "./nowhere", "a/b/c"):  # none of them can be a name on the hub
-        code, findings, _ = examine(tmp_path, model=path, only=["model"], offline=True)
-        assert code == 1 and only(findings, "model")["found"] == f"{path} is no directory"
-    for name in ("/nope", "./nope", "~/nope", "no/such/folder"):
+    for name in ("/nope", "./nope", "~/nope", "no/such/folder"):  # none of them can be a name on the hub
         for offline in (False, True):
             code, findings, _ = examine(tmp_path, model=name, offline=offline, only=["model", "save_time"])
             found = only(findings, "model")

@@ -16,6 +16,7 @@ DEFAULT_CHECKPOINT_BYTES = 240_000_000
 """a rank 8 adapter on all linears of a model of 7e9 parameters: 20e6 float32 values, and two moments of each"""
 VALUES_STORED = 3
 """an adapter's value and AdamW's two moments"""
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ModelFacts:
     linears: int
     adapter_elements: int
     stored_bytes: int
-    """of the weight files; 0 for a hub name, whose weights are not downloaded"""
+    """of the weight files; 0 for a hub name whose weights are still to be downloaded"""
 
 
 @dataclass
@@ -41,10 +42,18 @@ class Context:
     env: Mapping[str, str]
     folder: Path
 
+    @property
+    def offline_reason(self) -> str:
+        """What says that the hub is not to be asked; empty if nothing does."""
+        if self.args.offline:
+            return "--offline"
+        on = [name for name in OFFLINE_VARIABLES if self.env.get(name, "").strip().lower() in ("1", "true", "yes", "on")]
+        return f"{on[0]}={self.env[on[0]]}" if on else ""
+
     @cached_property
     def model(self) -> ModelFacts:
         """Of --model. Raises UserError where it cannot be read."""
-        return read_model(self.args.model, self.args.r)
+        return read_model(self.args.model, self.args.r, offline=bool(self.offline_reason))
 
     @cached_property
     def checkpoint(self) -> tuple[int, str]:
@@ -74,8 +83,13 @@ def existing_folder(path: Path) -> Path:
     raise UserError(f"output_dir: found nothing of {path}")  # unreachable where / exists
 
 
-def read_model(name: str, r: int) -> ModelFacts:
+def read_model(name: str, r: int, *, offline: bool = False) -> ModelFacts:
     """Read a model's configuration and the list of its weight files, and no weights.
+
+    Args:
+        name: directory or hub name.
+        r: rank of the adapter.
+        offline: the hub is not asked: its cache has to have all of a hub name, weights included.
 
     Raises:
         UserError: it cannot be found or read, or its weights are not there.
@@ -90,7 +104,7 @@ def read_model(name: str, r: int) -> ModelFacts:
 
     with quiet_transformers():
         try:
-            folder = resolve(name, "model", weights=False)
+            folder = resolve(name, "model", weights=False, offline=offline)
             config: Any = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):  # shapes only
                 model = AutoModelForCausalLM.from_config(config)
@@ -100,7 +114,8 @@ def read_model(name: str, r: int) -> ModelFacts:
             text = " ".join(str(error).split())[:200]
             raise UserError(f"model: found no configuration in {name} that transformers can read ({text})") from error
     linears = prunable_linears(model)
-    stored = sum(file.stat().st_size for file in weight_files(folder)) if Path(name).is_dir() else 0
+    whole = offline or Path(name).expanduser().is_dir()
+    stored = sum(file.stat().st_size for file in weight_files(folder)) if whole else 0
     return ModelFacts(
         name,
         sum(p.numel() for p in model.parameters()),

@@ -167,14 +167,6 @@ def check_model(context: Context) -> Generator[Finding, None, None]:
     if not name:
         yield skip("model", "none given", "--model DIR for the size of its checkpoints")
         return
-    reason = offline_reason(context)
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    if is_path and not Path(name).is_dir():
-        yield fail("model", f"{name} is no directory", "give the directory of a model, or its name on the hub")
-        return
-    if reason and not Path(name).exists():
-        yield skip("model", f"{name} is no local directory, and the hub is not asked ({reason})")
-        return
     try:
         facts = context.model
     except UserError as error:
