@@ -40,6 +40,12 @@ from lora_dist.monitor.trackers import WandbSink
 from lora_dist.parallel import LossScale, Strategy, World
 from lora_dist.state import TrainState
 
+_CONTENT_KEYS = (
+    "data.dataset_name, data.dataset_config_name, data.validation_file, data.text_column, data.document_separator, "
+    "data.special_tokens, data.block_size, data.holdout_windows, train.eval_strategy, model.config_name"
+)
+"""what the training windows follow from, their number apart"""
+
 
 @dataclass
 class Parts:
@@ -350,12 +356,19 @@ def _check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
 def _resume(checkpoint: Checkpoint, fresh: TrainState, strategy: Strategy) -> TrainState:
     """The checkpoint's state, with the optimizer put back."""
     state = checkpoint.state
-    for key, option in (("seed", "train.seed"), ("num_samples", "data.*"), ("data_digest", "data.*")):
-        then, now = getattr(state, key), getattr(fresh, key)
-        if then != now:
-            raise UserError(
-                f"{option}: {key} was {then} when {checkpoint.path.name} was written, found {now}: the data order would change"
-            )
+    written = f"when {checkpoint.path.name} was written"
+    if state.seed != fresh.seed:
+        raise UserError(f"train.seed: found {fresh.seed}, expected {state.seed} as {written}: the order of the data would change")
+    if state.num_samples != fresh.num_samples:
+        raise UserError(
+            f"{_CONTENT_KEYS}, data.max_train_samples: found {fresh.num_samples} training windows, expected {state.num_samples} as "
+            f"{written}: the order of the data would change; set back what was changed of these, of the text or of the tokenizer"
+        )
+    if state.data_digest != fresh.data_digest:
+        raise UserError(
+            f"{_CONTENT_KEYS}: found as many training windows as {written} ({state.num_samples}), but not the same content, expected "
+            "the same text, tokenizer and packing; set back what was changed of these, of the text or of the tokenizer"
+        )
     strategy.load_optimizer_tensors(checkpoint.optimizer)
     return state
 

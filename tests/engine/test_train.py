@@ -288,7 +288,12 @@ def test_what_changed_since_the_checkpoint(tiny_base, tiny_text, tmp_path):
     assert "adapter.lora_alpha: was 16" in refused(tiny_base, tiny_text, out, **again, adapter__lora_alpha=160)
     assert "adapter.use_rslora" in refused(tiny_base, tiny_text, out, **again, adapter__use_rslora=True)
     assert "match no linear" not in refused(tiny_base, tiny_text, out, **again, adapter__target_modules="q_proj")
-    assert "num_samples" in refused(tiny_base, tiny_text, out, **again, data__max_train_samples=20)
+    message = refused(tiny_base, tiny_text, out, **again, data__max_train_samples=20)
+    assert "data.max_train_samples: found 20 training windows, expected " in message and "when checkpoint-2 was" in message
+    changed = tmp_path / "changed.txt"
+    changed.write_text(tiny_text.read_text().replace("river", "stone", 1))
+    message = refused(tiny_base, changed, out, **again)
+    assert "data.dataset_name, " in message and "but not the same content" in message and "max_train_samples" not in message
     assert "the pattern changed since checkpoint-2" in refused(tiny_base, tiny_text, out, **again, adapter__mask="none")
     other = tmp_path / "other"
     shutil.copytree(tiny_base, other)
