@@ -45,3 +45,14 @@ class UserError(ValueError):
 
 class GuardError(UserError):
     """The base or its pattern is not what it was; nothing was written. Raised by the guard only."""
+
+
+def disk_advice(error: OSError, path: object, otherwise: str) -> str:
+    """What to do about a file or folder that cannot be written: a thing of the wrong kind in its place has to go, else `otherwise`.
+
+    Args:
+        path: what is in the way if the error does not name it.
+    """
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileExistsError)):
+        return f"move {error.filename2 or error.filename or path} away, it is not of the kind expected there"
+    return otherwise

@@ -33,7 +33,7 @@ from lora_dist.engine.checkpoint import (
     verify,
 )  # fmt: skip
 from lora_dist.engine.held import LOCK, RUN, HeldFolder, lock_folder, read_run_id
-from lora_dist.log import UserError
+from lora_dist.log import UserError, disk_advice
 from lora_dist.models.export import flush
 
 _MODEL_MARKS = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -206,7 +206,8 @@ def _run_id(folder: Path) -> str | None:
 
 
 def _cannot_write(folder: Path, error: OSError) -> UserError:
-    return UserError(f"train.output_dir: {folder} cannot be written ({error}); choose another folder or free space")
+    advice = disk_advice(error, folder, "choose another folder or free space")
+    return UserError(f"train.output_dir: {folder} cannot be written ({error}); {advice}")
 
 
 def _require_writable(folder: Path) -> None:
@@ -221,9 +222,8 @@ def _require_writable(folder: Path) -> None:
             probe.write(b"x" * 4096)
             probe.flush()
     except OSError as error:
-        raise UserError(
-            f"train.output_dir: {existing} cannot be written ({error.strerror}); choose another folder or free space"
-        ) from error
+        advice = disk_advice(error, existing, "choose another folder or free space")
+        raise UserError(f"train.output_dir: {existing} cannot be written ({error.strerror}); {advice}") from error
 
 
 def changed_settings(folder: Path, config: Mapping[str, Any]) -> list[str]:

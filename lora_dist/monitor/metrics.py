@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_dist.log import UserError
+from lora_dist.log import UserError, disk_advice
 from lora_dist.monitor.line_file import LineFile
 
 
@@ -53,7 +53,8 @@ class MetricsFile:
                 os.fsync(handle.fileno())
             os.replace(staging, self.file)
         except OSError as error:
-            raise UserError(f"train.output_dir: {self.file} cannot be rewritten ({error.strerror}); free space") from error
+            advice = disk_advice(error, self.file, "free space")
+            raise UserError(f"train.output_dir: {self.file} cannot be rewritten ({error.strerror}); {advice}") from error
         return dropped
 
     def write(self, step: int, event: str, values: Mapping[str, float | int | str | bool | None]) -> None:

@@ -15,8 +15,10 @@ from lora_dist.cli import train as train_verb
 from lora_dist.cli.options import parse
 from lora_dist.config import RunConfig
 from lora_dist.engine.attempts import Attempt, code_revision, make_run_id, next_attempt
+from lora_dist.engine.folder import check_folder, claim_folder
 from lora_dist.engine.held import HeldFolder, lock_folder, read_run_id, write_whole
 from lora_dist.log import UserError
+from lora_dist.monitor.metrics import MetricsFile
 from tests.engine.tracer import run_until
 from tests.runs import options, run
 
@@ -88,6 +90,23 @@ def test_a_run_json_that_is_missing_or_damaged(tmp_path, content):
     assert re.fullmatch("[0-9a-f]{32}", fresh) and len(notes) == (1 if content is None else 2)
     (tmp_path / "run.json").write_text(text)
     assert make_run_id(tmp_path, "d" * 32, notes.append) == (run_id, text)
+
+
+@pytest.mark.parametrize("name", [".lock", "run.json", "run_config.yaml", "attempts"])
+def test_a_thing_of_the_wrong_kind_in_the_way_is_to_be_moved(tmp_path, name):
+    if name == "attempts":
+        (tmp_path / name).write_text("")
+    else:
+        (tmp_path / name).mkdir()
+    plan = check_folder(tmp_path, resume=None, overwrite=False)
+    with pytest.raises(UserError, match=f"; move {re.escape(str(tmp_path / name))} away") as caught:
+        claim_folder(plan, {}, lambda text: None)
+    assert "free space" not in str(caught.value)
+
+
+def test_a_metrics_file_that_is_a_folder_is_to_be_moved(tmp_path):
+    with pytest.raises(UserError, match=f"; move {re.escape(str(tmp_path))} away"):
+        MetricsFile(tmp_path).drop_after(1)
 
 
 def test_a_small_file_killed_at_any_system_call_is_the_old_or_the_new(tmp_path):
