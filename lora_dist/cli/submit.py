@@ -21,11 +21,11 @@ def main(argv: Sequence[str]) -> int:
     from lora_dist.operations.submit import describe, folder_problems, queue, read_sweep, write_job
 
     own, of_train = split(argv)
-    misplaced = [token for token in own if re.match(rf"--({'|'.join(f.name for f in dataclasses.fields(RunConfig))})\.", token)]
+    misplaced = [token.partition("=")[0] for token in own if _is_of_train(token)]
     if misplaced:
         raise UserError(
-            f"{misplaced[0].partition('=')[0]}: found before --, expected behind it, where options of lora-dist train stand: "
-            f"lora-dist submit ... -- {misplaced[0].partition('=')[0]} VALUE"
+            f"{misplaced[0]}: found before --, expected behind it, where options of lora-dist train stand: "
+            f"lora-dist submit ... -- --{misplaced[0].removeprefix('--')} VALUE"
         )
     if any(token in ("-h", "--help") for token in own):
         parse(SubmitArgs, ["--help"], VERB)
@@ -60,6 +60,14 @@ def main(argv: Sequence[str]) -> int:
         return 0
     print("\n".join(describe(job, queue(job), array=args.array is not None or bool(lines))))
     return 0
+
+
+def _is_of_train(token: str) -> bool:
+    """Whether this is an option of `lora-dist train`, under its own name or a short one, and not of this command."""
+    sections = "|".join(f.name for f in dataclasses.fields(RunConfig))
+    own = {f.name for f in dataclasses.fields(SubmitArgs)}
+    short = "|".join(name for name in train.VERB.aliases if name not in own)
+    return re.match(rf"--(({sections})\.|({short})(=|$))|({sections})\.\w+=", token) is not None
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -164,6 +164,14 @@ def test_options_of_train_before_the_dashes_are_told_where_they_belong(folder: P
     ]
 
 
+@pytest.mark.parametrize("words", [["train.output_dir=x"], ["--output_dir", "x"], ["--strategy=ddp"]])
+def test_other_spellings_of_them_too(folder: Path, words: list[str]) -> None:
+    done = submit(folder, *words)
+    name = words[0].partition("=")[0]
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{name}: found before --" in done.stderr and f"-- --{name.removeprefix('--')} VALUE" in done.stderr
+
+
 def test_without_sbatch(folder: Path) -> None:
     done = submit(folder, sbatch=None)
     assert done.returncode == 2
