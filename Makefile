@@ -108,7 +108,7 @@ test: $(STAMP)  ## run all tests (ARGS='-m "not slow"' for the quick ones)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
 matrix: $(STAMP)  ## every strategy's checkpoint resumed under every other, on 2, 1, 2 processes; kills (15 to 20 minutes)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --matrix -m matrix tests/distributed $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --matrix -m matrix tests/distributed tests/launch $(ARGS)
 
 fuzz: $(STAMP)  ## 200 kills at random moments, 50 inside a save: every run ends as if never killed (ARGS='--seed 7'; about 20 minutes)
 	@$(BIN)/python scripts/fuzz_kills.py $(ARGS)

@@ -60,7 +60,7 @@ def assert_equal(reference: Path, other: Path) -> None:
     assert worst < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.matrix)])
 def test_going_on_with_other_processes_keeps_the_global_batch(strategy, groups, arguments, uninterrupted, tmp_path):
     """Nothing but the number of processes changes: 2, 1, 3 (which eight windows do not fill), 2 of them, each from an earlier one's
     checkpoint to the end, so that the schedule is the whole run's."""

@@ -152,7 +152,7 @@ def norms_of(checkpoint: Path) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ddp", "zero3", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("fsdp2", "zero2"))]
+    "strategy", ["ddp", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("fsdp2", "zero2", "zero3"))]
 )
 def test_a_rollback_goes_on_behind_the_batch(strategy, pair, arguments, tmp_path):
     """As if the batches since the checkpoint had not been in the data; also where the run is killed in between."""

@@ -94,10 +94,10 @@ def stopped(
 @pytest.mark.parametrize(
     ("strategy", "number", "rank"),
     [
-        ("ddp", signal.SIGTERM, 1),
+        pytest.param("ddp", signal.SIGTERM, 1, marks=pytest.mark.matrix),
         ("ddp", signal.SIGUSR1, 0),
         ("fsdp2", signal.SIGINT, 1),
-        ("zero2", signal.SIGUSR2, 0),
+        pytest.param("zero2", signal.SIGUSR2, 0, marks=pytest.mark.matrix),
         ("zero3", signal.SIGTERM, 1),
     ],
 )

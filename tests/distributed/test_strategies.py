@@ -247,7 +247,7 @@ def test_each_strategy_resumes_what_each_other_saved(groups, arguments, uninterr
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in (*PLAIN, "zero3-offload-all") else pytest.param(n, marks=pytest.mark.matrix) for n in STRATEGIES],
+    [n if n in PLAIN else pytest.param(n, marks=pytest.mark.matrix) for n in STRATEGIES],
 )
 def test_the_same_strategy_resumes_exactly(name, groups, arguments, tmp_path):
     """Two processes, stopped and resumed, against two processes that went on: bit for bit, with dropout."""
@@ -269,6 +269,7 @@ def test_two_one_two(first, second, groups, arguments, uninterrupted, tmp_path):
 # --- what a checkpoint holds -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.matrix
 def test_checkpoints_of_all_strategies_have_the_same_files(groups, arguments, tmp_path):
     """Names, shapes and dtypes of adapter and optimizer; and their values, to rounding."""
     found = {}

@@ -73,8 +73,8 @@ def test_how_a_batch_is_split_changes_nothing(runs_by_split, split):
 
 KILLED = [
     (1, "ddp"),
-    (2, "ddp"),
-    *(pytest.param(2, strategy, marks=pytest.mark.matrix) for strategy in ("fsdp2", "zero1", "zero2", "zero3")),
+    # The kill fuzzer of tests/faults has two processes under ddp, killed more often and inside saves.
+    *(pytest.param(2, strategy, marks=pytest.mark.matrix) for strategy in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
 ]
 
 

@@ -129,7 +129,7 @@ def wait_for_ssh(machine: Machine, client: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher,program", [("pdsh", "pdsh"), ("openmpi", "mpirun")])
+@pytest.mark.parametrize("launcher,program", [("pdsh", "pdsh"), pytest.param("openmpi", "mpirun", marks=pytest.mark.matrix)])
 def test_deepspeed_starts_both_machines_from_one(launcher, program, machines, ssh_config, config, one_process, tmp_path):
     """From a hostfile over ssh; signs that a shell would take for its own reach the other machine as they are."""
     if shutil.which(program) is None:
