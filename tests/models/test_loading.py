@@ -219,10 +219,12 @@ def test_a_hub_name_is_downloaded_without_torch_files_where_there_are_safetensor
     llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
+    offline: list[bool] = []
 
-    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None) -> str:
+    def download(name: str, *, allow_patterns: list[str], ignore_patterns: list[str] | None, local_files_only: bool) -> str:
         assert name == "some/model"
         asked.append(allow_patterns)
+        offline.append(local_files_only)
         return str(llama_dir)
 
     monkeypatch.setattr(hub, "snapshot_download", download)
@@ -234,6 +236,7 @@ def test_a_hub_name_is_downloaded_without_torch_files_where_there_are_safetensor
     with pytest.raises(UserError):
         _load("some/model")
     assert [("*.bin" in patterns) for patterns in asked] == [False, False, True]
+    assert not any(offline)
 
 
 def test_use_cache_of_the_config_is_remembered(llama_dir: Path) -> None:
