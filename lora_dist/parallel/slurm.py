@@ -78,16 +78,20 @@ def port(environ: Mapping[str, str]) -> int:
     return _FIRST_PORT + (7 * job + step) % _PORTS
 
 
-def job_ids(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def job_ids(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ids of the Slurm job that this process runs in, by Slurm's names; empty outside of one."""
+    environ = (
+        os.environ if environ is None else environ
+    )  # looked up now: `datasets` puts another object there when it starts processes
     return {name: environ[name] for name in _IDS if name in environ} if "SLURM_JOB_ID" in environ else {}
 
 
-def job_end_time_s(environ: Mapping[str, str] = os.environ) -> float | None:
+def job_end_time_s(environ: Mapping[str, str] | None = None) -> float | None:
     """When Slurm ends the job, seconds since the epoch; None outside of a job, or where it has no limit or does not say.
 
     Slurm sets SLURM_JOB_END_TIME from version 23.02; `launch/slurm.sbatch` sets it under older ones.
     """
+    environ = os.environ if environ is None else environ
     text = environ.get("SLURM_JOB_END_TIME", "") if "SLURM_JOB_ID" in environ else ""
     return float(text) if text.isdigit() and int(text) > 0 else None
 
