@@ -1,0 +1,11 @@
+"""Options of every verb but train: name, type, default, help line and check, as in `config.py`; one file a group of verbs.
+
+Plain dataclasses without heavy imports, so that help and bad input are answered at once. Read by `cli/`, used by `engine/`.
+"""
+
+from lora_dist.arguments.evaluation import EvalArgs
+from lora_dist.arguments.generation import GenerateArgs
+from lora_dist.arguments.models import InspectArgs, MergeArgs, PruneArgs
+from lora_dist.arguments.operations import DoctorArgs, RendezvousArgs, SubmitArgs
+
+__all__ = ["DoctorArgs", "EvalArgs", "GenerateArgs", "InspectArgs", "MergeArgs", "PruneArgs", "RendezvousArgs", "SubmitArgs"]

@@ -1,0 +1,118 @@
+"""Options of the verbs that write or show a model directory: prune, merge, inspect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass
+class PruneArgs:
+    """Zero the least important tiles of a model's decoder layers; writes a model directory with the pattern beside it."""
+
+    model: str = ""
+    """Directory or hub name of the model to prune."""
+    out: str = ""
+    """Directory to write; must not exist or be empty."""
+    sparsity: float = 0.5
+    """Share of the tiles of each matrix to drop, rounded down to whole tiles."""
+    block: int = 16
+    """Side of a tile."""
+    score: Literal["wanda", "magnitude", "random"] = "wanda"
+    """What a tile is worth: the sum of |W| * ||x|| (wanda; x from the calibration text), of |W| (magnitude), or random."""
+    select: Literal["matrix", "row"] = "matrix"
+    """Drop the lowest tiles of a whole matrix, or the same number in each row of tiles."""
+    nsamples: int = 128
+    """Calibration windows, chosen at random by seed."""
+    seqlen: int | None = None
+    """Tokens a calibration window; default: the model's context, 2048 at most."""
+    calibration: str = "c4"
+    """Calibration text: hub name, directory, or files (comma-separated .txt .json .jsonl .csv .parquet)."""
+    calibration_config: str | None = None
+    """Configuration of a hub data set, such as wikitext-2-raw-v1."""
+    text_column: str = "text"
+    """Column that holds the text in JSON, CSV and parquet."""
+    document_separator: str | None = None
+    """Text that separates documents inside .txt files, such as <|endoftext|>."""
+    special_tokens: Literal["auto", "bos", "eos", "both", "none"] = "auto"
+    """Special tokens put around each document; auto: what the tokenizer itself adds."""
+    seed: int = 0
+    """Seed of the choice of windows, and of the random score."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision to compute and save in; auto: as stored."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where layers are computed, one at a time; auto: the GPU if there is one."""
+    config_name: str | None = None
+    """Where to take config and tokenizer from if the model has none of its own."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+    cache_dir: str | None = None
+    """Where tokenised text is kept; default: lora_dist/ in the Hugging Face cache."""
+
+    def problems(self) -> Iterator[str]:
+        """Every value that is out of range, one line each."""
+        for name in ("model", "out"):
+            if not getattr(self, name):
+                yield f"{name.upper()}: found nothing, expected lora-dist prune MODEL OUT"
+        if not 0 <= self.sparsity < 1:
+            yield f"sparsity: found {self.sparsity}, expected a number from 0 up to but not including 1"
+        if self.seed >= 2**63:
+            yield f"seed: found {self.seed}, expected a number below 2**63"
+        for name, least in (("block", 1), ("nsamples", 1), ("seqlen", 2), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                yield f"{name}: found {value}, expected {least} or more"
+        if self.score == "wanda" and not self.calibration:
+            yield "calibration: found nothing, expected a hub name, a directory or files (score=magnitude needs no text)"
+
+
+@dataclass
+class MergeArgs:
+    """Add an adapter to its base; the result is an ordinary model directory with every pruned tile exactly zero."""
+
+    base: str = ""
+    """Directory of the pruned base that the adapter was trained on."""
+    adapter: str = ""
+    """Folder that train wrote."""
+    out: str = ""
+    """Directory to write; must not exist or be empty."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the merged weights; auto keeps the base's (half precision rounds the update)."""
+    project: bool = False
+    """Plain LoRA on a pruned base: merge, then set pruned tiles back to zero; keeps the pattern, throws part of the update away."""
+    densify: bool = False
+    """Plain LoRA on a pruned base: merge all of it; the model is dense afterwards."""
+    config_name: str | None = None
+    """Where to take config and tokenizer from if the base has none of its own."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """Under torchrun: ddp holds the whole model on every process, fsdp2 a part of it."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the base."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("base", "adapter", "out"):
+            if not getattr(self, name):
+                yield f"{name.upper()}: found nothing, expected lora-dist merge BASE ADAPTER OUT"
+        if self.project and self.densify:
+            yield "project, densify: found both, expected one at most"
+
+
+@dataclass
+class InspectArgs:
+    """Show a model's or an adapter's pattern, layer by layer, and what is wrong with it."""
+
+    path: str = ""
+    """Model directory, adapter folder, checkpoint folder or mask file."""
+    block: int = 16
+    """Tile side to look for where no mask is stored."""
+    summary: bool = False
+    """Totals only, no line a layer."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.path:
+            yield "PATH: found nothing, expected a model directory, an adapter folder or a mask file"
+        if self.block < 1:
+            yield f"block: found {self.block}, expected 1 or more"
