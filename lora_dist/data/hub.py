@@ -27,11 +27,14 @@ from lora_dist.data.windows import entry_key
 from lora_dist.log import UserError, logger
 
 _PROBE_TIMEOUT_S = 10.0
-_NAMES = {"wikitext": "Salesforce/wikitext", "c4": "allenai/c4"}
+_NAMES = {"wikitext": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}
 _CONFIGS = {"Salesforce/wikitext": "wikitext-2-raw-v1"}
 # The whole of C4 is 300 GB; Wanda and its followers read the first English shard of each split.
 _C4 = "allenai/c4"
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+# Penn Treebank on the hub is a script, which no longer loads; the hub keeps its rows as parquet on a branch of its own.
+_PTB = "ptb-text-only/ptb_text_only"
+_PTB_FILES = {split: f"penn_treebank/{split}/*.parquet" for split in ("train", "validation", "test")}
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ def hub_splits(name: str, config: str | None, column: str, wanted: tuple[str, ..
     """All splits of a hub data set; of c4 the wanted ones.
 
     Args:
-        name: as the user gave it; `wikitext` and `c4` are known by their short names.
-        config: configuration; wikitext: wikitext-2-raw-v1 if None; c4 always reads its first English shards.
+        name: as the user gave it; `wikitext`, `c4` and `ptb` are known by their short names.
+        config: configuration; wikitext: wikitext-2-raw-v1 if None; c4 always reads its first English shards, ptb has one only.
         column: column that holds the text.
         wanted: split names.
         records: folder to note revisions in.
@@ -76,10 +79,12 @@ def hub_splits(name: str, config: str | None, column: str, wanted: tuple[str, ..
         files = {split: file for split, file in _C4_FILES.items() if split in wanted} or _C4_FILES
         # The card's split sizes are those of all files, so they are not to be checked.
         options = {"name": "en", "data_files": files, "verification_mode": "no_checks"}
+    elif repo == _PTB:
+        options = {"revision": "refs/convert/parquet", "data_files": _PTB_FILES}
     record_path = records / f"{entry_key({'repo': repo, 'options': options})}.json"
     record = _read_record(record_path)
     load = functools.cache(functools.partial(_load, repo, name, options))
-    revision = _hub_revision(repo, name, has_copy=record is not None or _in_local_cache(repo))
+    revision = _hub_revision(repo, name, options.get("revision"), has_copy=record is not None or _in_local_cache(repo))
     if record is None or revision not in (None, record["revision"]):
         loaded = load()
         record = {"revision": revision or loaded[next(iter(loaded))]._fingerprint, "splits": [str(split) for split in loaded]}
@@ -89,13 +94,13 @@ def hub_splits(name: str, config: str | None, column: str, wanted: tuple[str, ..
     return {s: HubSplit(s, column, (repo, record["revision"], chosen, s), load) for s in record["splits"]}
 
 
-def _hub_revision(repo: str, name: str, has_copy: bool) -> str | None:
+def _hub_revision(repo: str, name: str, branch: str | None, has_copy: bool) -> str | None:
     """The data set's newest revision, or None if the hub cannot be reached but something was kept from it.
 
     One question that fails within seconds: `datasets` itself retries for half a minute before it gives up.
     """
     try:
-        return HfApi().dataset_info(repo, timeout=_PROBE_TIMEOUT_S).sha
+        return HfApi().dataset_info(repo, revision=branch, timeout=_PROBE_TIMEOUT_S).sha
     except GatedRepoError as error:
         raise _hub_error(name, "it is gated, and its conditions have to be accepted on its page") from error
     except RepositoryNotFoundError as error:
@@ -116,7 +121,7 @@ def _load(repo: str, name: str, options: dict[str, Any]) -> datasets.DatasetDict
         raise _hub_error(name, first_line(error.__cause__ or error)) from error
     except ValueError as error:  # an unknown or a missing configuration
         message = " ".join(str(error).split())
-        raise UserError(f"data.dataset_config_name: found {options['name']} for {name}: {message}") from error
+        raise UserError(f"data.dataset_config_name: found {options.get('name')} for {name}: {message}") from error
     except (DatasetsError, OSError) as error:  # connection and HTTP errors are OSErrors
         raise _hub_error(name, first_line(error)) from error
 
