@@ -133,6 +133,8 @@ class TrainArgs:
 
     output_dir: str = ""
     """Run folder: final adapter, checkpoints, train.log, metrics.jsonl."""
+    adapter_subfolder: str = ""
+    """Name of a folder in output_dir to write the final adapter and the tokenizer to, such as lora_adapter; default: output_dir itself."""
     overwrite_output_dir: bool = False
     """Move an older run in output_dir aside (never deleted) and start anew."""
     resume_from_checkpoint: str | None = None
@@ -213,6 +215,8 @@ class TrainArgs:
     def problems(self) -> Iterator[str]:
         if not self.output_dir:
             yield "train.output_dir: found nothing, expected the run's folder"
+        if re.search(r"[/\\]|^\.|^checkpoint-", self.adapter_subfolder):
+            yield f"train.adapter_subfolder: found {self.adapter_subfolder}, expected a plain name that is no checkpoint's"
         yield from _positive(
             "train", self, "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "learning_rate", "logging_steps", "eval_steps", "save_steps", "early_stopping_patience",

@@ -3,6 +3,7 @@
 from lora_dist.adapter.attach import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
+    adapter_folder,
     adapter_tensors,
     attach_adapter,
     is_masked,
@@ -29,6 +30,7 @@ __all__ = [
     "BlockLoraConfig",
     "BlockLoraLinear",
     "BlockLoraModel",
+    "adapter_folder",
     "adapter_tensors",
     "attach_adapter",
     "is_masked",

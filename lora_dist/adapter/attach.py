@@ -177,6 +177,12 @@ def _mismatches(live: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> 
     return missing + unknown + shapes
 
 
+def adapter_folder(folder: str | Path) -> Path:
+    """Where an adapter lies that is named by its own folder, by a checkpoint, or by a run that keeps it in a folder below."""
+    below = [file.parent for file in Path(folder).glob(f"*/{ADAPTER_CONFIG}")]
+    return below[0] if len(below) == 1 and not (Path(folder) / ADAPTER_CONFIG).is_file() else Path(folder)
+
+
 def read_adapter_config(folder: str | Path) -> PeftConfig:
     """The config in an adapter folder.
 

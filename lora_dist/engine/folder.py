@@ -49,7 +49,7 @@ _MAY_CHANGE = {
 
 def holds_run(folder: Path) -> bool:
     """Whether an earlier run left a checkpoint or an adapter here. Logs alone are of a run that saved nothing."""
-    kept = (ADAPTER_FILE, f"{SET_ASIDE}*")  # the second: a checkpoint that a killed save was about to replace
+    kept = (ADAPTER_FILE, f"*/{ADAPTER_FILE}", f"{SET_ASIDE}*")  # the last: a checkpoint that a killed save was about to replace
     return folder.is_dir() and (bool(list_checkpoints(folder)) or any(any(folder.glob(name)) for name in kept))
 
 
@@ -319,7 +319,7 @@ def publish_files(
     advice = "the checkpoints are whole: free space and resume"
     try:
         shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        staging.mkdir(parents=True)
         write(staging)
         for file in sorted(staging.iterdir()):
             flush(file)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lora_dist.adapter import ADAPTER_CONFIG, ADAPTER_FILE, BlockLoraConfig, read_adapter_config
+from lora_dist.adapter import ADAPTER_CONFIG, ADAPTER_FILE, BlockLoraConfig, adapter_folder, read_adapter_config
 from lora_dist.arguments import InspectArgs
 from lora_dist.blocks import MASK_FILE, BlockMask, LayerStats, NamedLinear, Pattern
 from lora_dist.engine.pattern import base_pattern, zero_share
@@ -37,9 +37,7 @@ class Inspection:
 
 def inspect(args: InspectArgs) -> Inspection:
     """Look at a path. Raises UserError where there is nothing to look at."""
-    path = Path(args.path)
-    if (path / "adapter" / ADAPTER_CONFIG).is_file():
-        path = path / "adapter"  # a checkpoint
+    path = adapter_folder(args.path)
     if (path / ADAPTER_CONFIG).is_file():
         return _adapter(path)
     if path.is_file():

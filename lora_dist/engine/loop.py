@@ -338,18 +338,19 @@ class Loop:
         p, state = self.parts, self.state
         self.watch.mark("writing the final adapter", state.step)
         trained, norms = p.strategy.trainable_tensors(), self.saver.live_norms()
+        final_dir = p.output_dir / self.train.adapter_subfolder
 
         def write() -> None:
             self.saver.ensure_folder()
-            p.console.saving(p.output_dir)
+            p.console.saving(final_dir)
             publish_files(
-                p.output_dir,
+                final_dir,
                 lambda folder: save_adapter(p.model, folder, adapter_tensors(p.model, trained)),
                 lambda folder: adapter_problem(folder, norms),
             )
-            p.console.saved_files(p.output_dir / "adapter_config.json", p.output_dir / "adapter_model.safetensors")
-            publish_files(p.output_dir, lambda folder: p.base.tokenizer.save_pretrained(str(folder)))
-            p.console.tokenizer_saved(p.output_dir / "tokenizer_config.json")
+            p.console.saved_files(final_dir / "adapter_config.json", final_dir / "adapter_model.safetensors")
+            publish_files(final_dir, lambda folder: p.base.tokenizer.save_pretrained(str(folder)))
+            p.console.tokenizer_saved(final_dir / "tokenizer_config.json")
 
         p.world.on_main(write)
         p.console.summary(
@@ -360,10 +361,10 @@ class Loop:
             perplexity=final.perplexity if final else None,
             best_checkpoint=best,
         )
-        base, out = shlex.quote(p.config.model.name_or_path), shlex.quote(str(p.output_dir))
+        base, out = shlex.quote(p.config.model.name_or_path), shlex.quote(str(final_dir))
         merged = shlex.quote(str(p.output_dir / "merged"))
         p.console.complete(
-            p.output_dir,
+            final_dir,
             [
                 "1. Evaluate the fine-tuned model:",
                 f"   LORA_WEIGHTS={out} PRUNED_MODEL={base} ./scripts/evaluate_lora_block.sh",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_dist.adapter import ADAPTER_CONFIG, is_masked, load_adapter, read_adapter_config
+from lora_dist.adapter import adapter_folder, is_masked, load_adapter, read_adapter_config
 from lora_dist.blocks import NamedLinear, Pattern
 from lora_dist.engine.base import load_for, shard_units
 from lora_dist.engine.pattern import FoundPattern
@@ -56,9 +55,8 @@ def open_model(
         UserError: something is missing or broken.
         GuardError: the adapter belongs to another base, or another pattern.
     """
-    if adapter is not None and (Path(adapter) / "adapter" / ADAPTER_CONFIG).is_file():
-        adapter = str(Path(adapter) / "adapter")  # a checkpoint
     if adapter is not None:  # read first: what is wrong with it should not cost the loading of gigabytes
+        adapter = str(adapter_folder(adapter))
         trained_with: Pattern | None = getattr(read_adapter_config(adapter), "_pattern", None)
         if trained_with is not None and trained_with.kind == "block":
             block = trained_with.block
