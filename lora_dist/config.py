@@ -98,16 +98,31 @@ class DataArgs:
     """Column that holds the text in JSON, CSV and parquet."""
     document_separator: str | None = None
     """Text that separates documents inside .txt files, such as <|endoftext|>; without one, a file is running text."""
+    format: Literal["text", "auto", "alpaca", "chat", "prompt_completion"] = "text"
+    """What a row is: text, packed into windows; or an example: alpaca (instruction, input, output), chat (messages, or ShareGPT's
+    conversations, through the tokenizer's chat template), prompt_completion; auto: by the columns."""
+    prompt_template: str = "alpaca"
+    """alpaca: the template instructions are put in: templates/NAME.json in the working directory, else the package's, or a path."""
+    train_on_inputs: bool = False
+    """Examples: count the loss on the prompt as well, not on the answer only."""
+    add_eos_token: bool = True
+    """Examples: the tokenizer's end-of-sequence token behind the answer, to be learnt; chat templates have their own."""
+    packing: bool = False
+    """Examples: several in one row, which do not attend to each other; no padding work."""
+    packing_length: int | None = None
+    """Tokens of a packed row; default: block_size."""
+    max_bad_share: float = 0.1
+    """Examples: stop if more than this share of the records cannot be used; fewer are named and left out."""
     special_tokens: Literal["auto", "bos", "eos", "both", "none"] = "auto"
     """Special tokens put around each document; auto: what the tokenizer itself adds."""
     block_size: int = 1024
-    """Context length in tokens: text is packed into windows of this many (the pruning tile is adapter.block)."""
+    """Context length in tokens: of a window of text, or of the longest example (the pruning tile is adapter.block)."""
     max_train_samples: int | None = None
-    """Use at most this many windows for training."""
+    """Use at most this many windows or examples for training."""
     max_eval_samples: int | None = None
-    """Use at most this many windows for evaluation."""
+    """Use at most this many windows or examples for evaluation."""
     holdout_windows: int = 128
-    """Windows held out at random for evaluation where there is no validation split."""
+    """Windows or examples held out at random for evaluation where there is no validation split."""
     preprocessing_num_workers: int | None = None
     """Processes that tokenise; default: the cores, 8 at most."""
     dataloader_num_workers: int = 0
@@ -119,12 +134,21 @@ class DataArgs:
         if not self.dataset_name:
             yield "data.dataset_name: found nothing, expected a hub name, a directory or files"
         yield from _positive(
-            "data", self, "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "holdout_windows"
-        )
+            "data", self, "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "holdout_windows", "packing_length",
+        )  # fmt: skip
+        yield from _fraction("data", self, "max_bad_share")
         if self.block_size < 2:
             yield f"data.block_size: found {self.block_size}, expected a context of 2 tokens or more"
         if self.dataloader_num_workers < 0:
             yield f"data.dataloader_num_workers: found {self.dataloader_num_workers}, expected 0 or more"
+        for key in ("packing", "train_on_inputs"):
+            if self.format == "text" and getattr(self, key):
+                yield f"data.{key}: found true with data.format text, which is learnt whole, expected auto or a format of examples"
+        if self.packing_length is not None and not (self.packing and self.packing_length >= self.block_size):
+            yield (
+                f"data.packing_length: found {self.packing_length}, expected data.packing, and data.block_size ({self.block_size}) "
+                "or more: a row holds the longest example"
+            )
 
 
 @dataclass
@@ -142,19 +166,22 @@ class TrainArgs:
     lock_timeout_s: float = 60.0
     """Resuming: how long to wait for the attempt before to let go of output_dir; a fresh start waits for nobody."""
     num_train_epochs: float = 1.0
-    """Passes over the training windows."""
+    """Passes over the training windows or examples."""
     max_steps: int = -1
     """If above 0, optimizer steps in all, instead of num_train_epochs."""
     per_device_train_batch_size: int = 1
-    """Windows a process holds at once in training."""
+    """Windows or examples a process holds at once in training."""
     per_device_eval_batch_size: int = 8
-    """Windows a process holds at once in evaluation."""
+    """Windows or examples a process holds at once in evaluation."""
     gradient_accumulation_steps: int = 1
     """Micro-batches a process sums into one optimizer step."""
     global_batch_size: int | None = None
-    """Windows in one optimizer step over all processes, whatever their number; gradient_accumulation_steps then follows from it."""
+    """Windows or examples in one optimizer step over all processes, whatever their number; gradient_accumulation_steps
+    then follows from it."""
     dataloader_drop_last: bool = False
     """Leave out the incomplete step at the end of an epoch."""
+    group_by_length: bool = False
+    """Examples: steps of similar lengths, in random order; less padding, and gradients of a step less alike those of another."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     weight_decay: float = 0.0
@@ -376,6 +403,11 @@ class RunConfig:
             lines.append(
                 f"health.hang_timeout_s: found {self.health.hang_timeout_s:g} with parallel.timeout_s {self.parallel.timeout_s:g}, "
                 "expected less (0: off), or a collective gives up before it can be said which process hangs"
+            )
+        if self.train.group_by_length and (self.data.packing or self.data.format == "text"):
+            other = "data.packing true" if self.data.packing else "data.format text"
+            lines.append(
+                f"train.group_by_length: found true with {other}, whose rows are all of one length, expected one of the two"
             )
         for key, asked in (("spike_nats", self.health.spike_nats), ("non_finite", self.health.non_finite)):
             if self.train.save_strategy == "no" and asked not in (None, "stop", "skip"):
