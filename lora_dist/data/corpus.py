@@ -6,8 +6,8 @@ How rows become a text changes the figure, so each known corpus has its own way,
     ptb         test split of Penn Treebank, sentences joined by a space
     c4          first 1,100 documents of the first English validation shard, joined by a space
 
-Any other text: a `.txt` file is taken as it is, rows that keep their line breaks are put one behind the other, and other rows are
-joined by two line breaks. Called by
+Any other text: a `.txt` file is taken as it is, rows that keep their line breaks are put one behind the other, and other rows, as well as
+the documents of a `.txt` file between separators, are joined by two line breaks. Called by
 `engine/report.py`.
 """
 
@@ -91,7 +91,7 @@ def read_corpus(name: str, source: TextSource | None, *, split: str = "test", ca
     found = find_splits(source, (split, "train") if names_files(source.dataset_name) else (split,), root / "hub")
     chosen = next(iter(found))
     with tempfile.TemporaryDirectory(prefix="lora_dist-corpus-") as scratch:
-        rows, joined = _rows(found[chosen], preset, Path(scratch))
+        rows, joined = _rows(found[chosen], preset, source.document_separator, Path(scratch))
     joiner = None if joined else preset.joiner if preset is not None else _JOINER
     text = (joiner or "").join(rows)
     if not text.strip():
@@ -99,7 +99,7 @@ def read_corpus(name: str, source: TextSource | None, *, split: str = "test", ca
     return Corpus(text, source.dataset_name, chosen, joiner, len(rows), hashlib.sha256(text.encode()).hexdigest())
 
 
-def _rows(split: LocalSplit | HubSplit, preset: Preset | None, scratch: Path) -> tuple[list[str], bool]:
+def _rows(split: LocalSplit | HubSplit, preset: Preset | None, separator: str | None, scratch: Path) -> tuple[list[str], bool]:
     """The rows of a split in order, and whether they need nothing between them."""
     limit = None if preset is None else preset.max_rows
     rows: list[str] = []
@@ -107,7 +107,13 @@ def _rows(split: LocalSplit | HubSplit, preset: Preset | None, scratch: Path) ->
     for part in _parts(split, preset, scratch):
         if isinstance(part, Path):
             content = _read(part)
-            rows += [content] if preset is None or preset.lines is None else _lines(content, preset.lines)
+            if preset is not None and preset.lines is not None:
+                rows += _lines(content, preset.lines)
+            elif separator is not None:
+                rows += [document.strip() for document in content.split(separator) if document.strip()]
+                joined = False
+            else:
+                rows += [content]
         else:
             texts = [text or "" for text in part[:limit]["text"]]
             joined = joined and all(text.endswith("\n") for text in texts if text)

@@ -49,7 +49,7 @@ Progress = Callable[[int, str], Callable[[], None]]
 class ZeroShotArgs:
     """What is asked, and how."""
 
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...]
     task_data: str | None = None
     """folder of local files; None: the hub"""
     limit: int | None = None
