@@ -89,12 +89,12 @@ def names(**own: str) -> Iterator[None]:
     """Rooms below name options as `lora-dist train` does; within this block their errors name this command's own.
 
     Args:
-        own: what `model_name_or_path` and `model_config_name` are called here.
+        own: what `model_name_or_path`, `model_config_name`, `data_prompt_template` and so on are called here.
     """
     try:
         yield
     except UserError as error:
-        raise error.renamed({key.replace("model_", "model.", 1): name for key, name in own.items()}) from error
+        raise error.renamed({key.replace("_", ".", 1): name for key, name in own.items()}) from error
 
 
 def _parser(cls: type, verb: Verb) -> ArgumentParser:

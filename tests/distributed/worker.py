@@ -127,7 +127,7 @@ def run_generate(argv: list[str], job: dict[str, Any], world: World, answer: dic
     args = parse(GenerateArgs, argv, Verb("generate", "", positionals=("model",)))
     opened = open_model(args.model, args.adapter, world=world, strategy=args.strategy)
     placed = {str(p.placements) if isinstance(p, DTensor) else "whole" for p in opened.base.model.parameters()}
-    text = generate(opened.model, opened.base.tokenizer, [args.prompt], max_new_tokens=args.max_new_tokens)[0]
+    text = generate(opened.model, opened.base.tokenizer, [args.prompt or ""], args)[0].text
     answer |= {"code": 0, "facts": {"text": text, "placements": sorted(placed)}}
 
 
