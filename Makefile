@@ -30,7 +30,7 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^Installing collected/ { print "  unpacking" } \
 	/^ERROR|^error/ { print } { fflush() }'
 
-.PHONY: help venv demo test test-cluster matrix fuzz lint format bench measure-stories measure-wikitext measure-memory hooks clean
+.PHONY: help venv demo test test-long test-cluster matrix fuzz lint format bench measure-stories measure-wikitext measure-memory hooks clean
 .PHONY: train train-torchrun train-deepspeed train-fsdp train-accelerate resume eval merge
 
 help:  ## show this list
@@ -104,8 +104,11 @@ merge: need-BASE need-ADAPTER need-OUT $(STAMP)  ## add an adapter to its base (
 	@$(START) merge '$(BASE)' '$(ADAPTER)' '$(OUT)' $(ARGS)
 
 # One thread a process: two test processes on two cores; torch's own threads would only wait for each other.
-test: $(STAMP)  ## run all tests (ARGS='-m "not slow"' for the quick ones)
+test: $(STAMP)  ## run the tests (about 11 minutes on 2 quiet cores; ARGS='tests/blocks' for some of them)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
+
+test-long: $(STAMP)  ## lost machines, launchers across machines, one checkpoint under every strategy, a dozen kills (about 8 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --long -m long -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
 matrix: $(STAMP)  ## every strategy's checkpoint resumed under every other, on 2, 1, 2 processes; kills (15 to 20 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --matrix -m matrix tests/distributed tests/launch $(ARGS)

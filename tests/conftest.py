@@ -12,14 +12,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run what takes longest (tests marked `long`)")
     parser.addoption("--matrix", action="store_true", help="also run all pairs of strategies (tests marked `matrix`)")
     parser.addoption("--cluster", action="store_true", help="also run the tests on a real Slurm (marked `cluster`)")
     parser.addoption("--cluster-figures", metavar="FILE", help="write what each fault on the Slurm cost to this file, as JSON")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    absent = [name for name in ("matrix", "cluster") if not config.getoption(f"--{name}")]
-    left_out = [item for item in items if any(item.get_closest_marker(name) for name in absent)]
+    """Leave out what was not asked for. Of several marks the first counts: `--matrix` alone runs the `matrix` tests of a `long` file."""
+    left_out = []
+    for item in items:
+        mark = next((name for name in ("cluster", "matrix", "long") if item.get_closest_marker(name)), None)
+        if mark is not None and not config.getoption(f"--{mark}"):
+            left_out.append(item)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
 

@@ -105,6 +105,22 @@ class WorkerGroup:
         self._log.close()
 
 
+class WorkerGroups(dict[int, WorkerGroup]):
+    """Groups by their number of processes, each started when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, processes: int) -> WorkerGroup:
+        self[processes] = WorkerGroup(processes, self._folder / str(processes))
+        return self[processes]
+
+    def close(self) -> None:
+        for group in self.values():
+            group.close()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.group import WorkerGroup
+from tests.distributed.group import WorkerGroups
 from tests.runs import adapter, largest_relative_difference, losses, options
 
 pytestmark = pytest.mark.distributed
@@ -17,10 +17,9 @@ STEPS, SEGMENT = 12, 3
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
-    made = {n: WorkerGroup(n, tmp_path_factory.mktemp("groups") / str(n)) for n in (1, 2, 3)}
+    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
     yield made
-    for group in made.values():
-        group.close()
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,9 @@ def assert_equal(reference: Path, other: Path) -> None:
     assert worst < 1e-6
 
 
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("ddp", marks=pytest.mark.long), pytest.param("zero2", marks=pytest.mark.matrix)]
+)
 def test_going_on_with_other_processes_keeps_the_global_batch(strategy, groups, arguments, uninterrupted, tmp_path):
     """Nothing but the number of processes changes: 2, 1, 3 (which eight windows do not fill), 2 of them, each from an earlier one's
     checkpoint to the end, so that the schedule is the whole run's."""
@@ -84,7 +85,9 @@ def test_going_on_with_other_processes_keeps_the_global_batch(strategy, groups, 
     assert largest_relative_difference(adapter(uninterrupted), adapter(out)) < 1e-4
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3", pytest.param("fsdp2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.long), pytest.param("fsdp2", marks=pytest.mark.matrix)]
+)
 def test_global_batch_size_is_exact_where_it_fills_no_whole_rounds(strategy, groups, arguments, uninterrupted, tmp_path):
     """Eight windows on three processes of one row each: three rounds, the last with a filler."""
     own = {"global_batch_size": 8, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}

@@ -74,15 +74,11 @@ def trained(pair, arguments, tiny_base, tmp_path_factory):
 # --- architectures ---------------------------------------------------------------------------------------------------------------
 
 
-ODD = (
-    "llama",
-    "qwen2",
-    "gpt2",
-    "opt",
-)  # biases, tied heads, transposed weights, learned positions; the others are like one of them
+# Biases, tied heads, transposed weights, learned positions; the others are like one of them.
+ODD = {"llama": (), "qwen2": (), "gpt2": pytest.mark.long, "opt": pytest.mark.long}
 
 
-@pytest.mark.parametrize("kind", [k if k in ODD else pytest.param(k, marks=pytest.mark.matrix) for k in KINDS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=ODD.get(k, pytest.mark.matrix)) for k in KINDS])
 def test_every_architecture_trains_and_merges_alike(kind, pair, arguments, tmp_path):
     """Tied heads, weights stored as (I, O), learned positions, biases: all cut and read right."""
     base = pruned(kind, tmp_path / "base")
@@ -121,6 +117,7 @@ def test_a_pattern_without_a_mask_file_is_found_in_the_files(pair, arguments, ti
 # --- two levels ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_hybrid_sharding_cuts_inside_a_machine_and_copies_across(pair, arguments, tiny_base, tmp_path):
     """Two machines of two processes: the base is cut in two on each, and four processes train what two do."""
     group = WorkerGroup(4, tmp_path / "groups", machines=2)

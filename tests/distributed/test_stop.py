@@ -98,7 +98,7 @@ def stopped(
         ("ddp", signal.SIGUSR1, 0),
         ("fsdp2", signal.SIGINT, 1),
         pytest.param("zero2", signal.SIGUSR2, 0, marks=pytest.mark.matrix),
-        ("zero3", signal.SIGTERM, 1),
+        pytest.param("zero3", signal.SIGTERM, 1, marks=pytest.mark.long),
     ],
 )
 def test_one_signalled_process_stops_both_with_a_checkpoint(pair, whole, tiny_base, tiny_text, tmp_path, strategy, number, rank):
@@ -114,7 +114,7 @@ def test_one_signalled_process_stops_both_with_a_checkpoint(pair, whole, tiny_ba
     assert [r["step"] for r in records(out, "eval")] == [r["step"] for r in records(reference, "eval")]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.long)])
 def test_an_evaluation_is_broken_off_and_made_up_for(pair, whole, tiny_base, tiny_text, tmp_path, strategy):
     """Asked during the evaluation behind step 16, which takes many batches: it is not finished first."""
     reference, out = whole(strategy), tmp_path / "out"

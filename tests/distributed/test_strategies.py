@@ -1,7 +1,7 @@
 """Every strategy on real processes: it is in force, it trains what one process trains, and its checkpoints are everyone's.
 
-Two groups of workers, of one process and of two, run all jobs of this file (`group.py`). `make matrix` adds the pairs of strategies
-that `make test` leaves out.
+Two groups of workers, of one process and of two, run all jobs of this file (`group.py`). `make test-long` adds what takes longest, and
+`make matrix` the pairs of strategies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.group import WorkerGroup
+from tests.distributed.group import WorkerGroups
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, records
 
 pytestmark = pytest.mark.distributed
@@ -44,10 +44,9 @@ def strategy_options(name: str) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory):
-    made = {n: WorkerGroup(n, tmp_path_factory.mktemp("groups") / str(n)) for n in (1, 2)}
+    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
     yield made
-    for group in made.values():
-        group.close()
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +119,9 @@ def check_norms(facts: list[dict], saved: dict[str, torch.Tensor]) -> None:
     assert sum(norm > 0 for norm in written.values()) > 20
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long) if n.startswith("zero3-offload") else n for n in STRATEGIES]
+)
 def test_two_processes_train_what_one_does(name, groups, arguments, one_process, tmp_path):
     reference, alone = one_process
     done = groups[2].run(*arguments(tmp_path / "run", name, 2, max_steps=STEPS, warmup_steps=5, lr_scheduler_type="cosine"))
@@ -238,6 +239,7 @@ def test_the_walk_takes_every_pair_once():
     assert sorted(itertools.pairwise(walk)) == sorted(itertools.permutations(PLAIN, 2))
 
 
+@pytest.mark.long
 def test_each_strategy_resumes_what_each_other_saved(groups, arguments, uninterrupted, tmp_path):
     """All ordered pairs of strategies in one run, on 2, 1, 2, 1, ... processes."""
     walk = every_ordered_pair(PLAIN)
@@ -247,8 +249,12 @@ def test_each_strategy_resumes_what_each_other_saved(groups, arguments, uninterr
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in PLAIN else pytest.param(n, marks=pytest.mark.matrix) for n in STRATEGIES],
-)
+    [
+        "ddp", "fsdp2", "zero3",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("zero1", "zero2")),
+        *(pytest.param(name, marks=pytest.mark.matrix) for name in STRATEGIES if name not in PLAIN),
+    ],
+)  # fmt: skip
 def test_the_same_strategy_resumes_exactly(name, groups, arguments, tmp_path):
     """Two processes, stopped and resumed, against two processes that went on: bit for bit, with dropout."""
     shared = {"save_strategy": "steps", "save_steps": 3, "adapter__lora_dropout": 0.1}

@@ -52,6 +52,7 @@ def test_a_read_only_place_is_refused_before_anything_is_loaded(small_disk, tiny
     assert done.returncode == 2 and done.stderr.startswith("lora-dist prune: OUT: ")
 
 
+@pytest.mark.long
 def test_out_of_memory_ends_in_advice_instead_of_a_traceback(tiny_base, tiny_text, tmp_path):
     """A real limit on the address space, and a batch that cannot fit in it."""
     values = options(

@@ -109,6 +109,7 @@ def assert_whole(out: Path) -> None:
     assert (status["state"], status["step"]) == ("completed", 240)
 
 
+@pytest.mark.long
 def test_a_disk_that_is_full_for_a_while(disk, undisturbed, tiny_base, tiny_text, tmp_path):
     """Saves fail and are told of, lines wait in memory; once there is room again, all of it is written."""
     out, log = disk / "out", tmp_path / "console"

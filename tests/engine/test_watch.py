@@ -189,6 +189,7 @@ def cursors(step: int) -> list[int]:
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_a_process_that_hangs_in_its_data_is_named(tiny_base, tiny_text, tmp_path):
     run = Hung(tiny_base, tiny_text, tmp_path / "run", {"what": "hang in loading", "rank": 1, "cursors": cursors(5)})
     error = run.end()
@@ -207,6 +208,7 @@ def test_a_process_that_hangs_in_its_data_is_named(tiny_base, tiny_text, tmp_pat
 
 
 @pytest.mark.distributed
+@pytest.mark.long
 def test_rank_0_that_hangs_in_a_forward_pass_is_named(tiny_base, tiny_text, tmp_path):
     """The other process waits for its part of the next layer, within the same forward and backward pass."""
     fault = {"what": "hang in forward", "rank": 0, "cursors": cursors(5)}

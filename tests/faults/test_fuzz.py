@@ -1,4 +1,4 @@
-"""The kill fuzzer's short version (`make fuzz` is the long one), and that its judgements can fail. About 45 s."""
+"""The kill fuzzer's short version (`make test-long` has a dozen kills, `make fuzz` 200), and that its judgements can fail."""
 
 from __future__ import annotations
 
@@ -18,35 +18,41 @@ from fuzz_plan import STOPS, Reference, draw_plan
 from tests.runs import ROOT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, inotify")]
-KILLS, INSIDE_SAVE = 12, 4
+
+
+def check_fuzz(out: Path, kills: int, inside_save: int) -> None:
+    """Run the fuzzer and look at its report: so many kills, and each run as if it had never been killed."""
+    options = ["--kills", kills, "--inside_save", inside_save, "--seed", 4, "--settings", 1, "--strategies", "ddp", "--steps", 30]
+    argv = [sys.executable, ROOT / "scripts" / "fuzz_kills.py", *options, "--torchrun_every", 0, "--out", out]
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    report = json.loads((out / "report.json").read_text())
+    found = report["kills"]
+    assert not report["failed"] and len(found) >= kills
+    assert sum(kill["save"] is not None for kill in found) >= inside_save
+    assert len({kill["moment"] for kill in found}) > 1
+    assert "seed 4" in done.stdout and "identical to the uninterrupted run" in done.stdout
+    assert not list(out.glob("life-*")), "the folders of good lives are removed"
 
 
 @pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A short run of the fuzzer; what it printed, and its folder."""
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of the fuzzer with as few kills as tell anything."""
     out = tmp_path_factory.mktemp("fuzz") / "out"
-    options = ["--kills", KILLS, "--inside_save", INSIDE_SAVE, "--seed", 4, "--settings", 1, "--strategies", "ddp", "--steps", 30]
-    argv = [sys.executable, ROOT / "scripts" / "fuzz_kills.py", *options, "--torchrun_every", 0, "--out", out]
-    return subprocess.run(list(map(str, argv)), capture_output=True, text=True, cwd=ROOT), out
+    check_fuzz(out, kills=4, inside_save=2)
+    return out
 
 
 @pytest.fixture
-def completed(fuzzed: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path) -> tuple[Path, Path]:
+def completed(fuzzed: Path, tmp_path: Path) -> tuple[Path, Path]:
     """The uninterrupted run, and a copy of it to be spoilt."""
-    reference = fuzzed[1] / "reference-1" / "run"
+    reference = fuzzed / "reference-1" / "run"
     return reference, Path(shutil.copytree(reference, tmp_path / "run"))
 
 
-def test_a_dozen_kills_lose_nothing(fuzzed):
-    done, out = fuzzed
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    report = json.loads((out / "report.json").read_text())
-    kills = report["kills"]
-    assert not report["failed"] and len(kills) >= KILLS
-    assert sum(kill["save"] is not None for kill in kills) >= INSIDE_SAVE
-    assert len({kill["moment"] for kill in kills}) > 1
-    assert "seed 4" in done.stdout and "identical to the uninterrupted run" in done.stdout
-    assert not list(out.glob("life-*")), "the folders of good lives are removed"
+@pytest.mark.long
+def test_a_dozen_kills_lose_nothing(tmp_path):
+    check_fuzz(tmp_path / "out", kills=12, inside_save=4)
 
 
 def test_a_run_equals_itself(completed):

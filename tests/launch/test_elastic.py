@@ -27,7 +27,7 @@ from lora_dist.engine.checkpoint import list_checkpoints
 from tests.launch.start import end, script_file, variables
 from tests.runs import ROOT, adapter, assert_identical, descendants, largest_relative_difference, losses, options, run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 HUB, PORT = "10.97.5.3", 29400
 STEPS, WINDOWS = 60, 48
@@ -255,7 +255,6 @@ def assert_equal(reference: Path, other: Path) -> None:
     assert difference < 1e-4
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("killed", "cut", "strategy", "waits"),
     [
@@ -301,7 +300,6 @@ def test_either_machine_is_lost_and_comes_back(killed, cut, strategy, waits, ela
     assert_equal(uninterrupted, elastic.out)
 
 
-@pytest.mark.slow
 @pytest.mark.matrix
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_machine_that_is_asked_to_end_costs_no_step(asked, elastic, uninterrupted):
@@ -318,7 +316,6 @@ def test_a_machine_that_is_asked_to_end_costs_no_step(asked, elastic, uninterrup
     assert_equal(uninterrupted, elastic.out)
 
 
-@pytest.mark.slow
 @pytest.mark.matrix
 def test_a_machine_that_is_lost_while_processes_start(elastic, uninterrupted):
     """The other one has no connection to it yet that could fail, and starts again when it has waited long enough."""
@@ -335,7 +332,6 @@ def test_a_machine_that_is_lost_while_processes_start(elastic, uninterrupted):
     assert_equal(uninterrupted, elastic.out)
 
 
-@pytest.mark.slow
 @pytest.mark.matrix
 def test_a_run_that_loses_its_rendezvous_saves_and_ends(elastic, uninterrupted):
     """No machine can tell whether it is the one that was cut off: each ends, with a checkpoint, and can be started again."""
@@ -350,7 +346,6 @@ def test_a_run_that_loses_its_rendezvous_saves_and_ends(elastic, uninterrupted):
     assert_equal(uninterrupted, elastic.out)
 
 
-@pytest.mark.slow
 def test_a_killed_worker_on_one_machine_leads_to_a_restart(tiny_base, tiny_text, tmp_path):
     """Of two, at a random step: the same result bit for bit, with dropout."""
     draw = random.Random(seed := random.randrange(2**31))

@@ -19,7 +19,7 @@ import pytest
 from tests.launch.start import end, largest_difference, run_together, script_file
 from tests.runs import adapter, largest_relative_difference
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin")
 SSH_PORT = 2222
@@ -67,9 +67,7 @@ def machines() -> Iterator[list[Machine]]:
             ip("netns", "delete", machine.name)
 
 
-@pytest.mark.parametrize(
-    "script", ["torchrun", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed", "accelerate"))]
-)
+@pytest.mark.parametrize("script", ["torchrun", "deepspeed", "accelerate"])
 def test_one_launcher_on_each_machine(script, machines, config, one_process, tmp_path):
     """Nothing but the first machine's address is given: which interface leads there is found."""
     own = {"NPROC": "1", "NNODES": "2", "MASTER_ADDR": machines[0].address}
@@ -128,7 +126,6 @@ def wait_for_ssh(machine: Machine, client: Path) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher,program", [("pdsh", "pdsh"), pytest.param("openmpi", "mpirun", marks=pytest.mark.matrix)])
 def test_deepspeed_starts_both_machines_from_one(launcher, program, machines, ssh_config, config, one_process, tmp_path):
     """From a hostfile over ssh; signs that a shell would take for its own reach the other machine as they are."""

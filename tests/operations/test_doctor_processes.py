@@ -89,6 +89,7 @@ def test_collectives_and_every_strategy_work_here(tmp_path):
     assert all("same losses" in found[name]["found"] for name in list(losses)[1:])
 
 
+@pytest.mark.long
 def test_a_rank_that_never_joins_is_a_failure_and_is_ended(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, "--device=cpu", "--only=collectives,strategies", "--processes", "2", "--timeout_s", "12", "--output_dir", str(tmp_path)],
@@ -168,6 +169,7 @@ def test_nothing_is_left_behind_whatever_ends_it(number, tmp_path):
     assert not list(temporary.glob("lora-dist-doctor-*"))
 
 
+@pytest.mark.long
 def test_behind_a_strategy_that_fails_the_next_is_tried(tmp_path):
     """There is no zero9: DeepSpeed's file of that stage is missing."""
     context = Context(DoctorArgs(device="cpu"), environment(), tmp_path)

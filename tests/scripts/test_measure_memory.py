@@ -28,6 +28,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, done.stdout
 
 
+@pytest.mark.long
 def test_each_row_says_what_its_ranks_held(measured):
     out, printed = measured
     report = json.loads((out / "memory.json").read_text())
@@ -42,6 +43,7 @@ def test_each_row_says_what_its_ranks_held(measured):
     assert not list((out / "runs").iterdir())
 
 
+@pytest.mark.long
 def test_the_base_is_reused_and_pruned_by_half(measured):
     from lora_dist.blocks import Pattern
     from lora_dist.models.loading import load_base
