@@ -11,6 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+METRICS = ("ppl", "zeroshot", "speed", "memory")
+ZERO_SHOT_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+_COUNTS = (
+    "block_size", "max_samples", "batch_size", "holdout_windows", "stride", "limit", "num_fewshot", "max_new_tokens", "prompt_tokens",
+    "generation_batch_size", "repetitions",
+)  # fmt: skip
+_REPORT_ONLY = ("stride", "average", "tasks", "task_data", "limit", "num_fewshot", "output_markdown")
+
 
 @dataclass
 class EvalArgs:
@@ -136,12 +144,3 @@ class EvalArgs:
             alone = [name for name in _REPORT_ONLY if getattr(self, name) != getattr(EvalArgs(), name)]
             if alone:
                 yield f"{', '.join(alone)}: found without a report, expected --metrics, --texts or --compare with it"
-
-
-METRICS = ("ppl", "zeroshot", "speed", "memory")
-ZERO_SHOT_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-_COUNTS = (
-    "block_size", "max_samples", "batch_size", "holdout_windows", "stride", "limit", "num_fewshot", "max_new_tokens", "prompt_tokens",
-    "generation_batch_size", "repetitions",
-)  # fmt: skip
-_REPORT_ONLY = ("stride", "average", "tasks", "task_data", "limit", "num_fewshot", "output_markdown")

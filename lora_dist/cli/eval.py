@@ -1,4 +1,4 @@
-"""`lora-dist eval MODEL [--adapter DIR]`: perplexity on text."""
+"""`lora-dist eval MODEL [--adapter DIR]`: loss and perplexity on text; with `--metrics`, `--texts` or `--compare` a report."""
 
 from __future__ import annotations
 
@@ -11,14 +11,32 @@ from lora_dist.cli.options import Verb, parse
 
 
 def main(argv: Sequence[str]) -> int:
-
     verb = Verb("lora-dist eval", EvalArgs.__doc__ or "", positionals=("model",))
     return run(parse(EvalArgs, argv, verb))
 
 
 def run(args: EvalArgs) -> int:
-    """Evaluate by checked arguments and print; used by `scripts/evaluate_ppl.py` too."""
+    """Evaluate by checked arguments and print; used by scripts too."""
+    return report(args) if args.makes_report else loss(args)
+
+
+def report(args: EvalArgs) -> int:
+    """A report of one model or several; 1 where some of it failed."""
+    from lora_dist.engine.report import evaluate_models
+    from lora_dist.monitor.console import Console
+    from lora_dist.parallel import close_world, init_world
+
+    world = init_world(device=args.device, always=args.strategy != "ddp")
+    try:
+        return 1 if evaluate_models(args, world, Console(enabled=world.is_main)).failed else 0
+    finally:
+        close_world()
+
+
+def loss(args: EvalArgs) -> int:
+    """Loss and perplexity over packed windows."""
     from lora_dist.engine.evaluate import evaluate
+    from lora_dist.evaluation.table import finite
     from lora_dist.log import UserError
     from lora_dist.monitor.advice import perplexity_band
     from lora_dist.monitor.console import Console, perplexity_text
@@ -38,12 +56,12 @@ def run(args: EvalArgs) -> int:
         return bars[0].update
 
     try:
-        report = evaluate(args, world, progress)
+        found = evaluate(args, world, progress)
         bars[0].close()
-        result = report.result
+        result = found.result
         console.line(
-            f"{report.windows:,} windows of {report.context} tokens ({args.dataset_name}, split {report.split}), "
-            f"{result.tokens:,} label tokens, token-weighted, {report.dtype}"
+            f"{found.windows:,} windows of {found.context} tokens ({args.dataset_name}, split {found.split}), "
+            f"{result.tokens:,} label tokens, token-weighted, {found.dtype}"
         )
         console.line(f"Eval Loss: {result.loss:.4f}")
         console.line(f"Eval Perplexity: {perplexity_text(result.perplexity)}")
@@ -55,17 +73,17 @@ def run(args: EvalArgs) -> int:
                 "eval_loss": result.loss,
                 "perplexity": result.perplexity,
                 "tokens": result.tokens,
-                "windows": report.windows,
-                "block_size": report.context,
-                "dtype": report.dtype,
-                "split": report.split,
+                "windows": found.windows,
+                "block_size": found.context,
+                "dtype": found.dtype,
+                "split": found.split,
                 "runtime_s": result.runtime_s,
                 **{
                     key: getattr(args, key)
                     for key in ("model", "adapter", "strategy", "dataset_name", "dataset_config_name", "special_tokens")
                 },
             }
-            Path(args.output).write_text(json.dumps(figures, indent=1) + "\n")
+            Path(args.output).write_text(json.dumps(finite(figures), indent=1) + "\n")
         return 0
     finally:
         close_world()

@@ -59,7 +59,8 @@ class Corpus:
     text: str
     source: str
     """hub name or files"""
-    split: str
+    split: str | None
+    """None: single files"""
     joiner: str | None
     """between rows; None: the text of a file as it is, or rows that keep their line breaks"""
     rows: int
@@ -88,7 +89,8 @@ def read_corpus(name: str, source: TextSource | None, *, split: str = "test", ca
             )
         source, split = TextSource(preset.dataset_name, text_column=preset.column), preset.split
     root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
-    found = find_splits(source, (split, "train") if names_files(source.dataset_name) else (split,), root / "hub")
+    files = names_files(source.dataset_name) or Path(source.dataset_name).expanduser().is_file()
+    found = find_splits(source, ("train",) if files else (split,), root / "hub")
     chosen = next(iter(found))
     with tempfile.TemporaryDirectory(prefix="lora_dist-corpus-") as scratch:
         rows, joined = _rows(found[chosen], preset, source.document_separator, Path(scratch))
@@ -96,7 +98,9 @@ def read_corpus(name: str, source: TextSource | None, *, split: str = "test", ca
     text = (joiner or "").join(rows)
     if not text.strip():
         raise UserError(f"texts: {name}: {source.dataset_name} holds no text")
-    return Corpus(text, source.dataset_name, chosen, joiner, len(rows), hashlib.sha256(text.encode()).hexdigest())
+    return Corpus(
+        text, source.dataset_name, None if files else chosen, joiner, len(rows), hashlib.sha256(text.encode()).hexdigest()
+    )
 
 
 def _rows(split: LocalSplit | HubSplit, preset: Preset | None, separator: str | None, scratch: Path) -> tuple[list[str], bool]:

@@ -95,10 +95,17 @@ class StreamScore:
 
     @property
     def perplexity(self) -> float:
-        return exp(self.loss)
+        return _exp(self.loss)
+
+    def per_word(self, words: int) -> float:
+        """Word-level perplexity."""
+        return _exp(self.nll / words)
+
+    def bits_per_byte(self, size: int) -> float:
+        return self.nll / math.log(2) / size
 
 
-def exp(value: float) -> float:
+def _exp(value: float) -> float:
     """e^value; infinite where that overflows."""
     return math.exp(value) if value < 700 else math.inf
 

@@ -42,6 +42,17 @@ def together(world: World, work: Callable[[], T], *, only_main: bool = False) ->
     return result
 
 
+def main_first(world: World, work: Callable[[], T]) -> T:
+    """Collective, but `work` must not be: rank 0 does it first and the others find what it left, such as downloaded files.
+
+    Raises: as `together`.
+    """
+    first = together(world, work, only_main=True)
+    result = together(world, lambda: first if world.is_main else work())
+    assert result is not None
+    return result
+
+
 def say(error: BaseException) -> str:
     """One line: a user's mistake in its own words, anything else with its class."""
     text = " ".join(str(error).split())

@@ -3,7 +3,7 @@
 glibc takes tensors of up to 32 MiB from its heap once such have been freed, where small ones that live on leave holes between them
 that fit no other: gathering a base layer by layer then holds up to half as much again as it needs. With a fixed threshold they are
 mapped one by one. Every step then maps and clears its pages anew (docs/measurements.md says what that costs), so `ddp` does not.
-Called by `fully_sharded.py` and `zero.py`.
+Called by `fully_sharded.py` and `zero.py`; `trim` by evaluations, between models.
 """
 
 from __future__ import annotations
@@ -26,3 +26,11 @@ def return_freed_memory(device: torch.device) -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_M_MMAP_THRESHOLD, _BYTES)
+
+
+def trim() -> None:
+    """Give back now what is free at the end of the heap and in whole pages between; other C libraries than glibc need and get nothing."""
+    if sys.platform == "linux":
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if malloc_trim is not None:
+            malloc_trim(0)
