@@ -40,7 +40,7 @@ from lora_dist.engine.manifest import (
     verify,
 )  # fmt: skip
 from lora_dist.log import UserError, logger
-from lora_dist.models.export import flush
+from lora_dist.process import flush
 from lora_dist.state import TrainState
 
 __all__ = [

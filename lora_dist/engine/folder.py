@@ -34,7 +34,7 @@ from lora_dist.engine.checkpoint import (
 )  # fmt: skip
 from lora_dist.engine.held import LOCK, RUN, HeldFolder, lock_folder, read_run_id
 from lora_dist.log import UserError, disk_advice
-from lora_dist.models.export import flush
+from lora_dist.process import flush
 
 _MODEL_MARKS = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 METRICS, LOG, CONFIG = "metrics.jsonl", "train.log", "run_config.yaml"

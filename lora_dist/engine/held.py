@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from lora_dist.log import UserError, logger
-from lora_dist.models.export import flush
+from lora_dist.process import flush
 
 LOCK, RUN = ".lock", "run.json"
 _POLL_S = 0.2

@@ -24,6 +24,7 @@ from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.loading import quiet_transformers
 from lora_dist.models.sources import open_shard, weight_files
+from lora_dist.process import flush
 
 _GIB = 2**30
 
@@ -200,15 +201,6 @@ def _savable_generation(model: Any) -> Iterator[None]:
     finally:
         if generation is not None:
             generation.do_sample = sampled
-
-
-def flush(path: Path) -> None:
-    """fsync a file or a directory (the directory entry is what makes a new name last)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _flush_all(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from lora_dist.operations.doctor import peer
 from lora_dist.operations.doctor.context import Context
 from lora_dist.operations.doctor.report import Finding, fail, ok, size_text, skip, time_text, warn
+from lora_dist.process import flush
 
 RENAMES = 100
 RENAME_LIMIT_S = 20.0
@@ -112,15 +113,6 @@ def _kind(folder: Path, asked: Path) -> Finding:
     if mount.kind in NETWORK:
         return ok("file system", f"{text}; other machines may see a checkpoint some seconds late")
     return ok("file system", text)
-
-
-def flush(path: Path) -> None:
-    """Have the system write a file or a folder's names to the disk, and wait for it."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _clock(inside: Path) -> Finding:

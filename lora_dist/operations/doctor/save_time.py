@@ -13,8 +13,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 from lora_dist.operations.doctor.context import VALUES_STORED, Context
-from lora_dist.operations.doctor.disk import cannot_write, flush, scratch
+from lora_dist.operations.doctor.disk import cannot_write, scratch
 from lora_dist.operations.doctor.report import Finding, fail, ok, size_text, time_text, warn
+from lora_dist.process import flush
 
 CHUNK_BYTES = 1 << 22
 REMEDIES = (
