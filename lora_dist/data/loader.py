@@ -1,10 +1,13 @@
-"""Batches from windows: the steps of training from any cursor on, and evaluation.
+"""Batches from windows or examples: the steps of training from any cursor on, and evaluation.
 
 Rows are gathered from a memory map, so loading in the process itself is usually fast enough; with workers the batches are made
 ahead of the step. Either way the batches are the same, and the cursor travels with its batch, so loading ahead never moves it.
 Called by `engine/`.
 
-Letters for shapes: `A` micro-batches, `B` rows, `L` tokens a window.
+Rows of unlike lengths are dealt to the micro-batches of their step by length: neighbours are padded to the longer one only, and since
+the loss counts by label tokens of the whole step, nothing else changes.
+
+Letters for shapes: `A` micro-batches, `B` rows, `L` tokens of a micro-batch's longest row.
 """
 
 from __future__ import annotations
@@ -13,17 +16,17 @@ import atexit
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from lora_dist.data.sampler import StepSlice, epoch_order, stable_seed, step_at, steps_per_epoch
-from lora_dist.data.windows import Windows
+from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch, Rows
+from lora_dist.data.sampler import StepSlice, epoch_order, grouped_order, stable_seed, step_at, steps_per_epoch
 from lora_dist.process import end_with_parent
 
-IGNORE_LABEL = -100
-_FILLER = -1  # a row that stands for no sample: ids 0, labels IGNORE_LABEL
+_EXPECTED_STEPS = 200  # what padding is estimated on
 
 Meta = TypeVar("Meta")
 
@@ -37,7 +40,9 @@ class MicroBatch:
     dropout_seed: int
     """63 bits, derived from (seed, epoch, first position): to seed the generator with before the forward pass"""
     windows: tuple[int, ...] = ()
-    """numbers of the training windows, row by row; filler rows have -1"""
+    """numbers of the training windows, examples or packed rows, row by row; filler rows have -1"""
+    position_ids_BL: torch.Tensor | None = None
+    """rows of several examples: positions that start anew with each"""
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,24 @@ class StepBatch:
     """real samples of the step over all ranks"""
     label_tokens: int
     """this rank's labels other than -100 after the causal shift (labels[:, 1:]), summed over its micro-batches"""
+    tokens: int
+    """this rank's tokens of samples, in all micro-batches"""
+    computed_tokens: int
+    """this rank's tokens with padding and filler rows"""
 
 
 class StepLoader:
     """Endless steps of training for one rank.
 
     Args:
-        windows: the training windows, the same on every rank.
+        rows: what is trained on, the same on every rank.
         global_batch: samples an optimizer step takes over all ranks.
         micro_batch: rows a forward pass.
         rank, world: who this process is; of the batches of all ranks, each sample of an epoch is in exactly one.
         seed: decides order and dropout.
         drop_last: leave out the incomplete step at the end of an epoch.
         num_workers: processes that load ahead; 0 loads in this process.
+        group_by_length: samples of a step have similar lengths; the order then also depends on the global batch.
         pin_memory: put batches into page-locked memory; without a GPU it has no effect.
 
     Raises:
@@ -73,7 +83,7 @@ class StepLoader:
 
     def __init__(
         self,
-        windows: Windows,
+        rows: Rows,
         *,
         global_batch: int,
         micro_batch: int,
@@ -81,18 +91,20 @@ class StepLoader:
         world: int,
         seed: int,
         drop_last: bool = False,
+        group_by_length: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
     ):
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.accumulation = -(-global_batch // (micro_batch * world))  # micro-batches of a whole step
-        self.steps_per_epoch = steps_per_epoch(len(windows), self.global_batch, drop_last)
-        self._windows = windows
+        self.steps_per_epoch = steps_per_epoch(len(rows), self.global_batch, drop_last)
+        self._rows, self._lengths_N = rows, rows.lengths
         self._seed = seed
+        self._group_by_length = group_by_length
         self._num_workers = num_workers
         self._pin = pin_memory and torch.cuda.is_available()
         self._split: dict[str, Any] = {
-            "num_samples": len(windows),
+            "num_samples": len(rows),
             "global_batch": global_batch,
             "micro_batch": micro_batch,
             "rank": rank,
@@ -105,72 +117,99 @@ class StepLoader:
 
     def steps_from(self, cursor: int) -> Iterator[StepBatch]:
         """Steps from a cursor on, through all further epochs; the caller stops. Costs one permutation, however far it is."""
-        for (step, rows_AB), ids_ABL in _load(self._windows, self._plan(cursor), self._num_workers):
-            yield self._batch(step, rows_AB, ids_ABL)
+        for (step, rows_AB), micro_batches in _load(self._rows, self._plan(cursor), self._num_workers):
+            yield self._batch(step, rows_AB, micro_batches)
 
-    def _plan(self, cursor: int) -> Iterator[tuple[tuple[StepSlice, np.ndarray], np.ndarray]]:
-        """Steps with the windows (A, B) they read, and these again for the reader, in order."""
+    def expected_padding(self) -> float:
+        """Share of padding in what this rank computes, over the first steps of the first epoch (200 at most)."""
+        tokens, computed = 0, 0
+        for _, rows_AB in islice(self._plan(0), min(self.steps_per_epoch, _EXPECTED_STEPS)):
+            if self._lengths_N is None:
+                lengths_AB = (rows_AB != FILLER).astype(np.int64)
+            else:
+                lengths_AB = np.where(rows_AB == FILLER, 0, self._lengths_N[np.maximum(rows_AB, 0)])
+            tokens += int(lengths_AB.sum())
+            computed += int(lengths_AB.max(axis=1).sum()) * lengths_AB.shape[1]
+        return 1 - tokens / max(computed, 1)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self._group_by_length and self._lengths_N is not None:
+            return grouped_order(self._lengths_N, self.global_batch, self._seed, epoch)
+        return epoch_order(self._split["num_samples"], self._seed, epoch).numpy()
+
+    def _plan(self, cursor: int) -> Iterator[tuple[StepSlice, np.ndarray]]:
+        """Steps with the numbers of the rows (A, B) they read, in order."""
         epoch, order = -1, np.empty(0, np.int64)
         while True:
             step = step_at(cursor, **self._split)
             if step.epoch != epoch:
-                epoch, order = step.epoch, epoch_order(len(self._windows), self._seed, step.epoch).numpy()
-            rows_AB = np.array([[_FILLER if p is None else order[p] for p in row] for row in step.positions])
-            yield (step, rows_AB), rows_AB
+                epoch, order = step.epoch, self._order(step.epoch)
+            chosen = order[step.start : step.start + step.samples_global]
+            if self._lengths_N is not None:
+                chosen = chosen[np.argsort(-self._lengths_N[chosen], kind="stable")]
+            yield step, np.array([[FILLER if p is None else chosen[p - step.start] for p in row] for row in step.positions])
             cursor = step.cursor_after
 
-    def _batch(self, step: StepSlice, rows_AB: np.ndarray, ids_ABL: torch.Tensor) -> StepBatch:
-        filler_AB1 = torch.tensor([[p is None for p in row] for row in step.positions])[..., None]
-        labels_ABL = ids_ABL.masked_fill(filler_AB1, IGNORE_LABEL)
-        label_tokens = int((labels_ABL[..., 1:] != IGNORE_LABEL).sum())
-        if self._pin:
-            ids_ABL, labels_ABL = ids_ABL.pin_memory(), labels_ABL.pin_memory()
-        micro_batches = [
-            MicroBatch(ids_BL, labels_BL, stable_seed("dropout", self._seed, step.epoch, first), tuple(rows_B))
-            for ids_BL, labels_BL, first, rows_B in zip(ids_ABL, labels_ABL, step.first_positions, rows_AB.tolist(), strict=True)
-        ]
-        return StepBatch(micro_batches, step.epoch, step.cursor_after, step.samples_global, label_tokens)
+    def _batch(self, step: StepSlice, rows_AB: np.ndarray, read: list[RowBatch]) -> StepBatch:
+        micro_batches, label_tokens = [], 0
+        for rows, first, rows_B in zip(read, step.first_positions, rows_AB.tolist(), strict=True):
+            label_tokens += int((rows.labels_BL[:, 1:] != IGNORE_LABEL).sum())
+            ids_BL, labels_BL, positions_BL = map(self._pinned, (rows.input_ids_BL, rows.labels_BL, rows.position_ids_BL))
+            assert ids_BL is not None and labels_BL is not None
+            dropout_seed = stable_seed("dropout", self._seed, step.epoch, first)
+            micro_batches.append(MicroBatch(ids_BL, labels_BL, dropout_seed, tuple(rows_B), positions_BL))
+        return StepBatch(
+            micro_batches,
+            step.epoch,
+            step.cursor_after,
+            step.samples_global,
+            label_tokens,
+            tokens=sum(rows.tokens for rows in read),
+            computed_tokens=sum(rows.input_ids_BL.numel() for rows in read),
+        )
+
+    def _pinned(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor.pin_memory() if self._pin and tensor is not None else tensor
 
 
 def eval_batches(
-    windows: Windows, *, batch_size: int, rank: int, world: int, num_workers: int = 0
+    rows: Rows, *, batch_size: int, rank: int, world: int, num_workers: int = 0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Input ids and labels (B, L) of this rank's share, in order; each window is in exactly one rank's batches.
+    """Input ids and labels (B, L) of this rank's share, in order; each row is in exactly one rank's batches.
 
-    Every rank yields the same number of batches, ceil(windows / (batch_size * world)), all of `batch_size` rows; what is missing
-    at the end are filler rows (ids 0, labels -100).
+    Every rank yields the same number of batches, ceil(rows / (batch_size * world)), all of `batch_size` rows; what is missing
+    at the end are filler rows (ids 0, labels -100). No packed rows: these would need their positions as well.
     """
     assert 0 <= rank < world
-    plan = _eval_plan(len(windows), batch_size, rank, world)
-    for rows_B, ids_BL in _load(windows, plan, num_workers):
-        yield ids_BL, ids_BL.masked_fill(torch.from_numpy(rows_B == _FILLER)[:, None], IGNORE_LABEL)
+    for _, (batch,) in _load(rows, _eval_plan(len(rows), batch_size, rank, world), num_workers):
+        assert batch.position_ids_BL is None
+        yield batch.input_ids_BL, batch.labels_BL
 
 
-def _eval_plan(count: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _eval_plan(count: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[None, np.ndarray]]:
     for start in range(rank * batch_size, count + rank * batch_size, batch_size * world):
         rows_B = np.arange(start, start + batch_size)
-        rows_B[rows_B >= count] = _FILLER
-        yield rows_B, rows_B
+        rows_B[rows_B >= count] = FILLER
+        yield None, rows_B[None]
 
 
 # --- reading, here or in workers ------------------------------------------------------------------------------------------
 
 
 class _Reader(torch.utils.data.Dataset[Any]):
-    """Answers (meta, rows) with (meta, token ids of these rows): what a worker runs."""
+    """Answers (meta, numbers of rows (A, B)) with these and their batches: what a worker runs."""
 
-    def __init__(self, windows: Windows):
-        self._windows = windows
+    def __init__(self, rows: Rows):
+        self._rows = rows
 
-    def __getitem__(self, item: tuple[Meta, np.ndarray]) -> tuple[Meta, torch.Tensor]:
-        meta, rows = item
-        ids = self._windows.gather(np.maximum(rows, 0))
-        ids[torch.from_numpy(rows == _FILLER)] = 0
-        return meta, ids
+    def __getitem__(self, item: tuple[Meta, np.ndarray]) -> tuple[tuple[Meta, np.ndarray], list[RowBatch]]:
+        return item, [self._rows.batch(rows_B) for rows_B in item[1]]
 
 
-def _load(windows: Windows, plan: Iterable[tuple[Meta, np.ndarray]], num_workers: int) -> Iterator[tuple[Meta, torch.Tensor]]:
-    reader = _Reader(windows)
+def _load(
+    rows: Rows, plan: Iterable[tuple[Meta, np.ndarray]], num_workers: int
+) -> Iterator[tuple[tuple[Meta, np.ndarray], list[RowBatch]]]:
+    reader = _Reader(rows)
     if num_workers == 0:
         yield from map(reader.__getitem__, plan)
         return

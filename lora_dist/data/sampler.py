@@ -44,6 +44,31 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     return stable_permutation(num_samples, "epoch", seed, epoch)
 
 
+_GROUPED_STEPS = 50  # steps in a mega-batch, as in transformers
+
+
+def grouped_order(lengths_N: np.ndarray, global_batch: int, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's order (N,), int64, in which a step has samples of similar lengths.
+
+    transformers' way (`group_by_length`): the epoch's order is cut into mega-batches of 50 steps (fewer in small data, so that there are 4),
+    each sorted by length. The whole steps are then shuffled, and the one with the longest sample comes first, so that too little memory
+    shows at once; the incomplete step stays the last. Derived from lengths, global batch, seed and epoch only.
+    """
+    count = len(lengths_N)
+    order = epoch_order(count, seed, epoch).numpy()
+    mega = max(1, min(_GROUPED_STEPS, count // (global_batch * 4))) * global_batch
+    parts = [order[start : start + mega] for start in range(0, count, mega)]
+    sorted_ = np.concatenate([part[np.argsort(-lengths_N[part], kind="stable")] for part in parts])
+    whole = count // global_batch
+    steps = stable_permutation(whole, "groups", seed, epoch).numpy()
+    if whole:
+        longest = lengths_N[sorted_[: whole * global_batch]].argmax() // global_batch
+        steps = np.concatenate([[longest], steps[steps != longest]])
+    return np.concatenate(
+        [sorted_[: whole * global_batch].reshape(whole, -1)[steps].reshape(-1), sorted_[whole * global_batch :]]
+    )
+
+
 def steps_per_epoch(num_samples: int, global_batch: int, drop_last: bool = False) -> int:
     """Optimizer steps from the start of an epoch to its end; `global_batch` is the samples of a step over all ranks.
 
@@ -61,6 +86,8 @@ class StepSlice:
     """One rank's part of one optimizer step. Positions are in the epoch's order; None is a filler row."""
 
     epoch: int
+    start: int
+    """position in the epoch's order where the step begins; its samples are the `samples_global` from there on"""
     positions: tuple[tuple[int | None, ...], ...]
     """micro-batches of micro_batch rows each; the same shape on every rank"""
     first_positions: tuple[int, ...]
@@ -97,7 +124,7 @@ def step_at(
     cursor_after = epoch * num_samples + end
     if drop_last and num_samples - end < global_batch:
         cursor_after = (epoch + 1) * num_samples
-    return StepSlice(epoch, positions, starts, end - offset, cursor_after)
+    return StepSlice(epoch, offset, positions, starts, end - offset, cursor_after)
 
 
 def _require_whole_step(num_samples: int, global_batch: int) -> None:

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch
 from lora_dist.log import UserError, logger
 
 CACHE_FORMAT = 1
@@ -73,6 +74,18 @@ class Windows(torch.utils.data.Dataset[torch.Tensor]):
         """Token ids (len(rows), L), int64: several windows in one copy."""
         chosen = np.asarray(rows, dtype=np.int64)
         return torch.from_numpy(self._rows_NL[chosen if self._index is None else self._index[chosen]].astype(np.int64))
+
+    @property
+    def lengths(self) -> None:
+        """All of one length."""
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> RowBatch:
+        """Windows (len(rows), L); every token is a label, except in filler rows."""
+        chosen = np.asarray(rows, dtype=np.int64)
+        filler_B1 = torch.from_numpy(chosen == FILLER)[:, None]
+        ids_BL = self.gather(np.maximum(chosen, 0)).masked_fill_(filler_B1, 0)
+        tokens = int((chosen != FILLER).sum()) * self.context_length
+        return RowBatch(ids_BL, ids_BL.masked_fill(filler_B1, IGNORE_LABEL), None, tokens)
 
     def subset(self, rows: np.ndarray) -> Windows:
         """The windows at these positions, in this order; nothing is copied."""
@@ -146,10 +159,13 @@ def _open_verified(folder: Path) -> Windows:
 
 
 @contextmanager
-def new_entry(root: Path, key: str) -> Iterator[Path]:
+def new_entry(root: Path, key: str, opens: Callable[[Path, str], object | None] = open_entry) -> Iterator[Path]:
     """A temporary folder that becomes the entry when the block ends without an error, and vanishes otherwise.
 
     Anything in its `scratch/` is removed before the entry is published.
+
+    Args:
+        opens: reads such an entry; None where it is damaged.
 
     Raises:
         UserError: if `root` cannot be written.
@@ -166,7 +182,7 @@ def new_entry(root: Path, key: str) -> Iterator[Path]:
         yield folder
         shutil.rmtree(scratch)
         folder.chmod(0o755)  # mkdtemp makes it private, but caches are often shared by a group
-        _publish(folder, root / key)
+        _publish(folder, root / key, opens)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -186,19 +202,23 @@ def write_windows(folder: Path, chunks: Sequence[np.ndarray], context_length: in
         flat[done : done + len(part)] = part
         done += len(part)
     rows_NL.flush()
-    meta = {"format": CACHE_FORMAT, "digest": _content_digest(rows_NL), "shape": [count, context_length]}
+    write_meta(folder, {"format": CACHE_FORMAT, "digest": _content_digest(rows_NL), "shape": [count, context_length]})
+
+
+def write_meta(folder: Path, meta: dict[str, Any]) -> None:
+    """`meta.json` of an entry, flushed to disk."""
     with open(folder / "meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _publish(folder: Path, final: Path) -> None:
+def _publish(folder: Path, final: Path, opens: Callable[[Path, str], object | None]) -> None:
     try:
         os.rename(folder, final)
     except OSError:
         # Something is there: another process was faster (then both wrote the same), or what was there is damaged.
-        if open_entry(final.parent, final.name) is not None:
+        if opens(final.parent, final.name) is not None:
             return
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
         os.rename(final, aside / "damaged")

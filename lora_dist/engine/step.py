@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_dist.data.loader import IGNORE_LABEL, MicroBatch
+from lora_dist.data.loader import MicroBatch
+from lora_dist.data.rows import IGNORE_LABEL
 from lora_dist.log import UserError
 from lora_dist.models.loss import causal_loss_sum
 from lora_dist.parallel import Strategy, World
