@@ -10,6 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from flags import add_switch, make_parser
+from flags import to_options as flags_to_options
+
 from lora_dist.__main__ import run_reporting
 from lora_dist.cli import eval as eval_verb
 from lora_dist.cli import train as train_verb
@@ -60,35 +63,13 @@ SWITCHES = {
 }
 
 
-def _switch(text: str) -> str:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"found {text}, expected true or false")
-    return text.lower()
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The guide's flags; a switch is on when it is named, off when it is not."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--do_train", nargs="?", const="true", default="false", type=_switch, help="train")
-    parser.add_argument("--do_eval", nargs="?", const="true", default="false", type=_switch, help="evaluate while training")
-    for flag, (key, default, text) in VALUES.items():
-        parser.add_argument(f"--{flag}", default=default, help=f"{text} ({key}; default {default})")
-    for flag, (key, text) in SWITCHES.items():
-        parser.add_argument(f"--{flag}", nargs="?", const="true", default="false", type=_switch, help=f"{text} ({key})")
-    return parser
-
-
 def to_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags, and the same as options of `lora-dist train`."""
-    flags, extra = make_parser().parse_known_args(argv)
-    options = []
-    for flag, (key, _, _) in VALUES.items():
-        value = getattr(flags, flag)
-        if value is not None:
-            options.append(f"--{key}={value}")
-    options += [f"--{key}={getattr(flags, flag)}" for flag, (key, _) in SWITCHES.items()]
+    parser = make_parser(__doc__, VALUES, SWITCHES)
+    add_switch(parser, "do_train", "train")
+    add_switch(parser, "do_eval", "evaluate while training")
+    flags, extra = parser.parse_known_args(argv)
+    options = flags_to_options(flags, VALUES, SWITCHES)
     if flags.do_eval == "false":
         options.append("--train.eval_strategy=no")
     if flags.wandb_project:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from lora_dist.cli.options import Verb, parse
 from lora_dist.config import RunConfig
 from lora_dist.log import UserError
+
+if TYPE_CHECKING:
+    from lora_dist.parallel import World
 
 VERB = Verb(
     prog="lora-dist train",
@@ -50,6 +55,18 @@ def without_launcher_flags(argv: Sequence[str]) -> list[str]:
 def run(config: RunConfig) -> int:
     """Train by a checked configuration; the exit code. Used by the scripts' front ends too."""
     from lora_dist.engine.train import train
+
+    with joined(config) as world:
+        return train(config, world, argv=sys.argv[1:])
+
+
+@contextmanager
+def joined(config: RunConfig) -> Iterator[World]:
+    """Collective: this process among the others that a launcher started, for as long as the block lasts.
+
+    Raises:
+        UserError: what is wrong with the configuration, before anything else.
+    """
     from lora_dist.parallel import close_world, init_world
 
     problems = config.problems()
@@ -60,6 +77,6 @@ def run(config: RunConfig) -> int:
         backend=args.backend, device=args.device, timeout_s=args.timeout_s, join_timeout_s=args.join_timeout_s, always=True
     )
     try:
-        return train(config, world, argv=sys.argv[1:])
+        yield world
     finally:
         close_world()
