@@ -7,11 +7,9 @@ the system itself runs is touched.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lora_dist.process import end_with_parent
 from tests.runs import ROOT, descendants, environment
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -158,7 +157,7 @@ class Cluster:
         env = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
         with (self.folder / "log" / f"{name}.log").open("ab") as log:
             self._daemons[name] = subprocess.Popen(
-                [path, *options], stdout=log, stderr=log, env=env, start_new_session=True, preexec_fn=_end_with_parent
+                [path, *options], stdout=log, stderr=log, env=env, start_new_session=True, preexec_fn=end_with_parent
             )
 
     def _step_daemons(self, node: str) -> list[int]:
@@ -174,12 +173,6 @@ class Cluster:
                     if any(os.readlink(fd) in inodes for fd in (entry / "fd").iterdir()):
                         found.append(int(entry.name))
         return found
-
-
-def _end_with_parent() -> None:
-    """For a test run that is killed: the kernel ends the daemon with it."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 180, every_s: float = 0.2) -> None:
