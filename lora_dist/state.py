@@ -1,15 +1,24 @@
-"""What a run must remember to go on as if it had never stopped: `TrainState`, the content of a checkpoint's `state.json`.
+"""What a run must remember to go on as if it had never stopped: `TrainState`, the content of a checkpoint's `state.json`; and the names
+in a run's folder that others than the run itself look for.
 
-Plain numbers and strings only. Written by `engine/checkpoint.py`, read and advanced by `engine/loop.py`.
+Plain numbers and strings only. `TrainState` is written by `engine/checkpoint.py`, read and advanced by `engine/loop.py`; the names are
+`engine/`'s and `operations/attempts.py`'s.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 STATE_VERSION = 1
+STATUS = "status.json"
+"""how the run stands"""
+ATTEMPTS = "attempts"
+"""folder of one record a start"""
+CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
+"""a published checkpoint's folder, and its step"""
 
 
 @dataclass

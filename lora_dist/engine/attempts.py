@@ -25,8 +25,8 @@ import yaml
 
 from lora_dist.engine.held import RUN, HeldFolder, read_run_id, write_whole
 from lora_dist.log import logger
+from lora_dist.state import ATTEMPTS, STATUS
 
-STATUS, ATTEMPTS = "status.json", "attempts"
 _NUMBER = re.compile(r"attempt-(\d+)\.(?:json|log|yaml)")
 _GIT_TIMEOUT_S = 10
 _PACKAGE = Path(__file__).resolve().parents[1]

@@ -29,7 +29,6 @@ from torch import Tensor
 from lora_dist.adapter import ADAPTER_FILE
 from lora_dist.engine.manifest import (
     ADAPTER,
-    CHECKPOINT_NAME,
     FORMAT_VERSION,
     MANIFEST,
     OPTIMIZER,
@@ -41,7 +40,7 @@ from lora_dist.engine.manifest import (
 )  # fmt: skip
 from lora_dist.log import UserError, logger
 from lora_dist.process import flush
-from lora_dist.state import TrainState
+from lora_dist.state import CHECKPOINT_NAME, TrainState
 
 __all__ = [
     "ADAPTER", "MANIFEST", "SET_ASIDE", "STATE", "Checkpoint", "Identity", "adapter_problem", "clear_staging", "find_checkpoint",

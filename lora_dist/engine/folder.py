@@ -19,7 +19,7 @@ import yaml
 from safetensors import SafetensorError
 
 from lora_dist.adapter import ADAPTER_FILE
-from lora_dist.engine.attempts import ATTEMPTS, make_run_id, next_attempt
+from lora_dist.engine.attempts import make_run_id, next_attempt
 from lora_dist.engine.checkpoint import (
     MANIFEST,
     SET_ASIDE,
@@ -35,6 +35,7 @@ from lora_dist.engine.checkpoint import (
 from lora_dist.engine.held import LOCK, RUN, HeldFolder, lock_folder, read_run_id
 from lora_dist.log import UserError, disk_advice
 from lora_dist.process import flush
+from lora_dist.state import ATTEMPTS
 
 _MODEL_MARKS = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 METRICS, LOG, CONFIG = "metrics.jsonl", "train.log", "run_config.yaml"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from lora_dist.adapter import ADAPTER_CONFIG, ADAPTER_FILE
 from lora_dist.blocks import MASK_FILE
 from lora_dist.log import UserError
+from lora_dist.state import CHECKPOINT_NAME
 
 MANIFEST, STATE, OPTIMIZER, ADAPTER = "manifest.json", "state.json", "optimizer.safetensors", "adapter"
 FORMAT_VERSION = 2  # 1: no run_id
-CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 
 
 def sha256(file: Path) -> str:

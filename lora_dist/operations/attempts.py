@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.log import EXIT_STOPPED
+from lora_dist.state import ATTEMPTS, CHECKPOINT_NAME, STATUS
 
-ATTEMPTS, STATUS = "attempts", "status.json"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Words of a failure whose cause lies in another process: a node or a task that is gone.
 _LOST = ("lost another process", "closed by peer", "reset by peer")
 _KILLED = 128  # exit codes above are of processes that a signal ended
@@ -153,7 +152,7 @@ def _lost_process(attempt: Attempt) -> bool:
 
 def newest_checkpoint(folder: Path) -> int:
     """Step of the newest published checkpoint, 0 for none. By names alone: whether one is whole is for the run to find out."""
-    steps = [int(match.group(1)) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    steps = [int(match.group(1)) for path in folder.glob("checkpoint-*") if (match := CHECKPOINT_NAME.fullmatch(path.name))]
     return max(steps, default=0)
 
 
