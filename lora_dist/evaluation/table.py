@@ -121,7 +121,8 @@ def _lines(reports: Sequence[Report]) -> list[tuple[str, Cell]]:
         ("zero weights", _cell(("memory", "zero_weights"), _percent)),
         ("zero tiles", _cell(("memory", "zero_tiles"), _percent)),
     ]
-    return [(label, cell) for label, cell in lines if any(cell(report) for report in reports)]
+    loaded = [report for report in reports if "error" not in report] or reports
+    return [(label, cell) for label, cell in lines if any(cell(report) for report in loaded)]
 
 
 def markdown_table(reports: Sequence[Report]) -> str:
