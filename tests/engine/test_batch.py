@@ -12,6 +12,7 @@ from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.log import UserError
 from lora_dist.parallel.ds_config import RunFacts, zero_config
 from lora_dist.state import TrainState
+from tests.parallel.facts import FACTS as A_RUN
 
 
 def decide(
@@ -88,23 +89,8 @@ def test_fewer_windows_than_processes_are_refused():
 
 # --- what DeepSpeed is told ------------------------------------------------------------------------------------------------------
 
-FACTS = RunFacts(
-    micro_batch=4,
-    accumulation=8,
-    world_size=1,
-    max_grad_norm=1.0,
-    bf16=False,
-    fp16=False,
-    learning_rate=1e-4,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    warmup_steps=0,
-    max_steps=10,
-    hidden_size=64,
-    global_batch=32,
-    batch_follows=True,
-    configured_micro_batch=4,
+FACTS = dataclasses.replace(
+    A_RUN, micro_batch=4, accumulation=8, world_size=1, global_batch=32, batch_follows=True, configured_micro_batch=4
 )
 
 

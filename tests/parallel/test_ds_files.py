@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from lora_dist.log import UserError
-from lora_dist.parallel.ds_config import OWN_FILES, RunFacts, stage_of, zero_config
+from lora_dist.parallel.ds_config import OWN_FILES, stage_of, zero_config
+from tests.parallel.facts import FACTS
 
 OWN = sorted(path.name for path in OWN_FILES.glob("*.json"))
 STAGES = {
@@ -22,21 +23,6 @@ STAGES = {
     "zero1_offload.json": 1, "zero2_offload.json": 2, "zero3_offload.json": 3,
     "zero3_offload_optimizer.json": 3, "zero3_nvme.json": 3,
 }  # fmt: skip
-FACTS = RunFacts(
-    micro_batch=2,
-    accumulation=4,
-    world_size=3,
-    max_grad_norm=0.5,
-    bf16=False,
-    fp16=False,
-    learning_rate=1e-4,
-    betas=(0.9, 0.999),
-    eps=1e-8,
-    weight_decay=0.0,
-    warmup_steps=10,
-    max_steps=100,
-    hidden_size=64,
-)
 
 
 def complete(path, stage, *, facts=FACTS, optimizer="auto", nvme=None):
