@@ -108,19 +108,6 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield flat[start : start + _CHUNK_BYTES]
 
 
-def read_tensors(source_dir: Path) -> Iterator[tuple[str, str, tuple[int, ...], Iterator[memoryview]]]:
-    """Every tensor of the directory: name, dtype, shape, and its bytes in chunks. Each is to be used before the next is taken.
-
-    Raises:
-        UserError: if files are missing or broken.
-    """
-    for file in weight_files(source_dir):
-        with open_shard(file) as shard:
-            for name in shard.names:
-                tensor = shard.tensor(name)
-                yield name, dtype_name(tensor.dtype), tuple(tensor.shape), _chunks(tensor)
-
-
 @dataclass(frozen=True)
 class SourceFacts:
     """What reading all tensors once tells."""
