@@ -85,6 +85,11 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def read_metrics(file: Path) -> list[dict]:
+    """All records of a metrics file, in order; a line that is none is an error."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def records(run_dir: Path, event: str) -> list[dict]:
     """Records of one event in metrics.jsonl; an unfinished last line is left out."""
     rows = []

@@ -73,8 +73,3 @@ def _stays(line: str, step: int, evaluated: bool) -> bool:
         return bool(record["step"] <= step and record["event"] != "final" and not again)
     except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a kill
         return False
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """All records of a metrics file, in order."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -9,7 +9,8 @@ import pytest
 
 from lora_dist.monitor.advice import out_of_memory, perplexity_band
 from lora_dist.monitor.console import Console, clock, short_rate
-from lora_dist.monitor.metrics import MetricsFile, read_metrics
+from lora_dist.monitor.metrics import MetricsFile
+from tests.runs import read_metrics
 
 
 @pytest.mark.parametrize("seconds,text", [(0, "0:00:00"), (3723.9, "1:02:03"), (360000, "100:00:00")])

@@ -14,7 +14,8 @@ import pytest
 
 from lora_dist.monitor.console import Console
 from lora_dist.monitor.line_file import LineFile
-from lora_dist.monitor.metrics import MetricsFile, read_metrics
+from lora_dist.monitor.metrics import MetricsFile
+from tests.runs import read_metrics
 
 FULL = Path("/dev/full")  # takes no byte
 
