@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what was not asked for. Of several marks the first counts: a `long` file's `matrix` tests need `--matrix` alone."""
+    """Leave out what was not asked for. Of several marks the first counts: `--matrix` runs a `long` file's `matrix` tests."""
     left_out = []
     for item in items:
         mark = next((name for name in ("cluster", "matrix", "long") if item.get_closest_marker(name)), None)
