@@ -138,7 +138,7 @@ def _build(root: Path, key: str, name: str, split: LocalSplit | HubSplit, packin
                 prefix=packing.prefix,
                 suffix=packing.suffix,
                 dtype=dtype,
-                num_proc=packing.num_proc or _processes(texts.data.nbytes),
+                num_proc=packing.num_proc or processes_for(texts.data.nbytes),
                 scratch=scratch,
                 desc=f"Tokenising {name}",
             )
@@ -155,6 +155,7 @@ def _build(root: Path, key: str, name: str, split: LocalSplit | HubSplit, packin
     return built
 
 
-def _processes(text_bytes: int) -> int:
+def processes_for(text_bytes: int) -> int:
+    """Processes that tokenise so much text: the cores, 8 at most; 1 for little."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if text_bytes < _SMALL_BYTES else min(cores, _MAX_PROC)
