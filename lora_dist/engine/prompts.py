@@ -140,7 +140,7 @@ class Form:
         if prompt.messages:
             raise UserError(f"{where}: found a conversation, expected --chat with it")
         if self.template is not None:
-            return self.template.prompt(prompt.text, prompt.input or None)
+            return self.template.prompt(prompt.text, prompt.input if prompt.input and prompt.input.strip() else None)
         if prompt.input is not None:
             raise UserError(f"{where}: found an instruction, expected --prompt_template (such as alpaca) or --chat with it")
         return prompt.text
