@@ -65,6 +65,8 @@ class TrainState:
     accumulation: int = 0
     """train.gradient_accumulation_steps, likewise"""
     processes: int = 0
+    group_by_length: bool = False
+    """train.group_by_length: the order of the samples then depends on global_batch too"""
     skipped_batches: int = 0
     """left out by health.non_finite skip, in the whole run"""
     rollbacks: int = 0

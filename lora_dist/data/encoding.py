@@ -185,10 +185,10 @@ def encode_batch(batch: Mapping[str, list], encoder: Encoder) -> dict[str, list]
             except BadRecordError as error:
                 rows[i] = str(error)
     good = [row if isinstance(row, Encoded) else None for row in rows]
-    nothing = np.empty(0, np.int64)
+    no_ids, no_labels = np.empty(0, np.int64), np.empty(0, np.uint8)
     return {
-        "input_ids": [nothing if row is None else row.ids_L for row in good],
-        "labels": [nothing if row is None else row.labels_L.astype(np.uint8) for row in good],
+        "input_ids": [no_ids if row is None else row.ids_L for row in good],
+        "labels": [no_labels if row is None else row.labels_L.astype(np.uint8) for row in good],
         "lost": [0 if row is None else row.lost for row in good],
         "answer_tokens": [0 if row is None else row.answer_tokens for row in good],
         "truncated": [row is not None and row.truncated for row in good],

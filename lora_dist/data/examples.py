@@ -18,7 +18,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from lora_dist.data.encoding import Encoder, encode_batch
 from lora_dist.data.files import LocalSplit
 from lora_dist.data.hub import HubSplit
-from lora_dist.data.records import FIELDS, record_tables
+from lora_dist.data.records import FIELDS, Format, columns_of, detect_format, record_tables
 from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch
 from lora_dist.data.sources import TextSource, find_splits
 from lora_dist.data.text import processes_for
@@ -217,6 +217,23 @@ def load_examples(
         found[name], reports[name] = entry
         _require_few_bad(name, reports[name], max_bad_share, encoder.kind)
     return ExampleSplits(found, reports, from_cache)
+
+
+def format_of(source: TextSource, cache_dir: str | Path | None = None) -> Format | Literal["text"]:
+    """What the rows of a source are, by their columns.
+
+    Raises:
+        UserError: neither examples nor text; and as `load_examples`.
+    """
+    root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
+    columns = columns_of(next(iter(find_splits(source, ("train", "validation"), root / "hub").values())))
+    found = detect_format(columns, source.text_column)
+    if found is None:
+        raise UserError(
+            f"data.format: {source.dataset_name} has the columns {', '.join(sorted(columns))}, expected instruction and output (alpaca), "
+            f"messages or conversations (chat), prompt and completion, or {source.text_column} (data.text_column)"
+        )
+    return found
 
 
 def _require_few_bad(name: str, report: RecordsReport, max_bad_share: float, kind: str) -> None:

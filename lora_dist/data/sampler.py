@@ -65,7 +65,7 @@ def grouped_order(lengths_N: np.ndarray, global_batch: int, seed: int, epoch: in
         longest = lengths_N[sorted_[: whole * global_batch]].argmax() // global_batch
         steps = np.concatenate([[longest], steps[steps != longest]])
     return np.concatenate(
-        [sorted_[: whole * global_batch].reshape(whole, -1)[steps].reshape(-1), sorted_[whole * global_batch :]]
+        [sorted_[: whole * global_batch].reshape(whole, global_batch)[steps].reshape(-1), sorted_[whole * global_batch :]]
     )
 
 

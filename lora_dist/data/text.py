@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from huggingface_hub import constants
@@ -95,16 +96,25 @@ def load_windows(
     return WindowSplits(windows, from_cache)
 
 
-def hold_out(windows: Windows, count: int, seed: int) -> tuple[Windows, Windows]:
-    """Training windows and `count` held-out ones, chosen at random by seed; both keep the order they had.
+class _Divisible(Protocol):
+    def __len__(self) -> int: ...
+
+    def subset(self, rows: np.ndarray) -> Self: ...
+
+
+D = TypeVar("D", bound=_Divisible)
+
+
+def hold_out(windows: D, count: int, seed: int, *, noun: str = "windows") -> tuple[D, D]:
+    """Training windows (or examples) and `count` held-out ones, chosen at random by seed; both keep the order they had.
 
     Raises:
         UserError: if nothing would be left to train on.
     """
     if count >= len(windows):
+        more = ", or make windows shorter with data.block_size" if noun == "windows" else ""
         raise UserError(
-            f"data.holdout_windows: found {count} of {len(windows)} windows, expected fewer: lower it, set data.validation_file, "
-            "or make windows shorter with data.block_size"
+            f"data.holdout_windows: found {count} of {len(windows)} {noun}, expected fewer: lower it, or set data.validation_file{more}"
         )
     held = np.zeros(len(windows), dtype=bool)
     held[stable_permutation(len(windows), "hold_out", seed)[:count].numpy()] = True

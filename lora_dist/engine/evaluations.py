@@ -17,7 +17,7 @@ Record = Callable[[str, Mapping[str, float]], None]
 
 
 class Evaluations:
-    """Loss and perplexity on the evaluation windows, which the run has to have.
+    """Loss and perplexity on the evaluation rows, which the run has to have.
 
     Args:
         record: takes an event and its values, on every process.
@@ -63,10 +63,10 @@ class Evaluations:
 
     def _measure(self, *, final: bool) -> EvalResult:
         p, batch_size = self._parts, self._parts.config.train.per_device_eval_batch_size
-        assert p.eval_windows is not None
-        p.console.evaluation_starts(len(p.eval_windows), batch_size, final=final)
-        bar = p.console.bar(math.ceil(len(p.eval_windows) / (batch_size * p.world.size)), "Evaluating")
-        batches = eval_batches(p.eval_windows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
+        assert p.eval_rows is not None
+        p.console.evaluation_starts(len(p.eval_rows), batch_size, final=final)
+        bar = p.console.bar(math.ceil(len(p.eval_rows) / (batch_size * p.world.size)), "Evaluating")
+        batches = eval_batches(p.eval_rows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
 
         done = itertools.count(1)
         self._mark("evaluation", p.state.step, 0)
@@ -77,14 +77,14 @@ class Evaluations:
             self._mark("evaluation", p.state.step, next(done))
 
         try:
-            result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_windows), on_batch=on_batch)
+            result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_rows), on_batch=on_batch)
         finally:
             bar.close()
         self.times_s.append(result.runtime_s)
         return result
 
     def _epoch(self) -> float:
-        return self._parts.state.cursor / len(self._parts.train_windows)
+        return self._parts.state.cursor / len(self._parts.train_rows)
 
     def _figures(self, result: EvalResult) -> dict[str, Any]:
         """What the console shows of an evaluation."""

@@ -64,6 +64,8 @@ class Loop:
         self._time_before_s = parts.state.train_time_s
         self._step_times_s: list[float] = []
         self._since_log_tokens = 0
+        self._since_log_padding = 0.0
+        self._since_log_computed = 0.0
         self._since_log_s = 0.0
         self._told_time_to_stop = False
 
@@ -73,7 +75,7 @@ class Loop:
         """Train to the end and write the final adapter, or stop early with a checkpoint. Collective throughout."""
         p, train = self.parts, self.train
         p.console.training_starts(
-            examples=len(p.train_windows),
+            examples=len(p.train_rows),
             epochs=train.num_train_epochs if train.max_steps <= 0 else p.total_steps / p.loader.steps_per_epoch,
             micro_batch=p.loader.micro_batch,
             total_batch=p.loader.global_batch,
@@ -84,7 +86,7 @@ class Loop:
         self.stop.training_starts()
         self.watch.start()
         try:
-            if train.eval_on_start and p.eval_windows is not None and self.state.first_eval_loss is None:
+            if train.eval_on_start and p.eval_rows is not None and self.state.first_eval_loss is None:
                 self.evaluations.run()
             self._train()
             self._checked_everywhere("at the end", whole=True)
@@ -93,7 +95,7 @@ class Loop:
                 self.saver.surely()
             p.console.training_done(self._elapsed_s())
             best = self._load_best()
-            final = self.evaluations.run_final() if p.eval_windows is not None else None
+            final = self.evaluations.run_final() if p.eval_rows is not None else None
             self._finish(final, best)
             return Ended(final, None)
         except Stopped as stopped:
@@ -147,9 +149,17 @@ class Loop:
             Stopped: on every process, if any of them was asked.
         """
         self.watch.mark("agreeing to go on", self.state.step + 1)
-        tokens, news, *asked = self.parts.world.sum(
-            [float(batch.label_tokens), float(self.saver.news), *self.stop.flags(self._needed_s())]
+        tokens, held, computed, news, *asked = self.parts.world.sum(
+            [
+                float(batch.label_tokens),
+                float(batch.tokens),
+                float(batch.computed_tokens),
+                float(self.saver.news),
+                *self.stop.flags(self._needed_s()),
+            ]
         )
+        self._since_log_padding += computed - held
+        self._since_log_computed += computed
         if news:
             self.saver.absorb()
         self._tell_time_to_stop()
@@ -171,7 +181,7 @@ class Loop:
     def _evaluate_and_save(self, *, again: bool = False) -> None:
         """What is due after the step that was taken last. `again`: its checkpoint was written without."""
         state = self.state
-        epoch_ends = state.cursor % len(self.parts.train_windows) == 0
+        epoch_ends = state.cursor % len(self.parts.train_rows) == 0
         improved = self._evaluation_due(epoch_ends) and self.evaluations.run()
         state.evaluated_step = state.step
         due = improved or again or self._due(self.train.save_strategy, self.train.save_steps, epoch_ends)
@@ -244,10 +254,12 @@ class Loop:
             return  # every step since the last line was left out
         loss = state.loss_window_sum / state.loss_window_steps
         state.loss_window_sum, state.loss_window_steps, state.last_train_loss = 0.0, 0, loss
-        rate, epoch = self._rate(state.step - 1), self.state.cursor / len(p.train_windows)
+        rate, epoch = self._rate(state.step - 1), self.state.cursor / len(p.train_rows)
         p.console.step(step=state.step, total=p.total_steps, loss=loss, rate=rate, epoch=epoch, elapsed_s=self._elapsed_s())
         tokens_per_s = self._since_log_tokens / self._since_log_s
+        padding_share = self._since_log_padding / max(1.0, self._since_log_computed)
         self._since_log_tokens, self._since_log_s = 0, 0.0
+        self._since_log_padding, self._since_log_computed = 0.0, 0.0
         values: dict[str, float] = {
             "loss": loss,
             "learning_rate": rate,
@@ -255,6 +267,7 @@ class Loop:
             "epoch": epoch,
             "tokens": state.tokens,
             "tokens_per_s": tokens_per_s,
+            "padding_share": padding_share,
             "step_time_s": result.step_time_s,
             "peak_mem_gib": peak_memory_gib(p.world.device),
         }
@@ -316,7 +329,7 @@ class Loop:
         """Go back to the best evaluated adapter; the name of its checkpoint, where there is one."""
         p, state = self.parts, self.state
         self.watch.mark("loading the best adapter", state.step)
-        if not self.train.load_best_model_at_end or p.eval_windows is None:
+        if not self.train.load_best_model_at_end or p.eval_rows is None:
             return None
         if state.best_step <= 0:
             p.console.warning("no evaluation was better than the pruned model's: keeping the adapter of the last step")
@@ -387,7 +400,7 @@ class Loop:
     def _evaluation_due(self, epoch_ends: bool) -> bool:
         """The last step is always evaluated, so that the best adapter is chosen among all that were trained."""
         last = self.state.step == self.parts.total_steps
-        return self.parts.eval_windows is not None and (
+        return self.parts.eval_rows is not None and (
             last or self._due(self.train.eval_strategy, self.train.eval_steps, epoch_ends)
         )
 

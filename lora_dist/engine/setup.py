@@ -19,15 +19,15 @@ from lora_dist.adapter import attach_adapter, load_adapter_tensors, read_adapter
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
-from lora_dist.data.sources import TextSource
-from lora_dist.data.text import hold_out, load_windows
-from lora_dist.data.windows import Windows
+from lora_dist.data.rows import Rows
 from lora_dist.engine.attempts import Attempt
 from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, require_finite
 from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
+from lora_dist.engine.data import RunData, run_data
 from lora_dist.engine.held import HeldFolder
 from lora_dist.engine.opening import Opening, versions
+from lora_dist.engine.packing import require_separate
 from lora_dist.engine.pattern import FoundPattern, adapter_pattern
 from lora_dist.engine.schedule import warmup_steps
 from lora_dist.engine.step import Stepper
@@ -39,12 +39,6 @@ from lora_dist.monitor.metrics import MetricsFile
 from lora_dist.monitor.trackers import WandbSink
 from lora_dist.parallel import LossScale, Strategy, World
 from lora_dist.state import TrainState
-
-_CONTENT_KEYS = (
-    "data.dataset_name, data.dataset_config_name, data.validation_file, data.text_column, data.document_separator, "
-    "data.special_tokens, data.block_size, data.holdout_windows, train.eval_strategy, model.config_name"
-)
-"""what the training windows follow from, their number apart"""
 
 
 @dataclass
@@ -62,8 +56,8 @@ class Parts:
     strategy: Strategy
     stepper: Stepper
     loader: StepLoader
-    train_windows: Windows
-    eval_windows: Windows | None
+    train_rows: Rows
+    eval_rows: Rows | None
     state: TrainState
     identity: Identity
     output_dir: Path
@@ -113,20 +107,30 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     console.adapter_applied(*model.get_nb_trainable_parameters())
     if pattern is not None:
         console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
-    train_windows, eval_windows = _data(config, world, console, base)
+    data = run_data(config, world, console, base)
     if checkpoint is not None:
         _check_adapter(checkpoint, config)
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
     strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint)
+    if config.data.packing:
+        require_separate(
+            strategy.module,
+            world,
+            vocab_size=base.model.config.get_text_config().vocab_size,
+            max_length=config.data.block_size,
+            rows=batch.micro_batch,
+            kernel=base.model.config._attn_implementation,
+        )
     pieces = base_pieces(base.model, strategy.piece)
     require_finite(world, pieces)
     guard = make_guard(world, pieces, opened.found.pattern, opened.linears, sample_chunks=config.guard.sample_chunks)
-    loader = _loader(config, world, batch, train_windows)
+    loader = _loader(config, world, console, batch, data)
     train = config.train
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
-    state = TrainState(seed=train.seed, num_samples=len(train_windows), data_digest=train_windows.digest)
+    state = TrainState(seed=train.seed, num_samples=len(data.train), data_digest=data.train.digest)
+    state.group_by_length = train.group_by_length
     if checkpoint is not None:
-        state = _resume(checkpoint, state, strategy)
+        state = _resume(checkpoint, state, strategy, data, batch)
         if plan.best_lost or not plan.own:
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     train_batch = (batch.global_batch, train.per_device_train_batch_size, train.gradient_accumulation_steps, world.size)
@@ -150,8 +154,8 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         strategy=strategy,
         stepper=Stepper(strategy, world),
         loader=loader,
-        train_windows=train_windows,
-        eval_windows=eval_windows,
+        train_rows=data.train,
+        eval_rows=data.evaluation,
         state=state,
         identity=identity,
         output_dir=output_dir,
@@ -228,18 +232,22 @@ def _batch(config: RunConfig, world: World, checkpoint: Checkpoint | None) -> Ba
     )
 
 
-def _loader(config: RunConfig, world: World, batch: BatchPlan, windows: Windows) -> StepLoader:
-    return StepLoader(
-        windows,
+def _loader(config: RunConfig, world: World, console: Console, batch: BatchPlan, data: RunData) -> StepLoader:
+    loader = StepLoader(
+        data.train,
         global_batch=batch.global_batch,
         micro_batch=batch.micro_batch,
         rank=world.rank,
         world=world.size,
         seed=config.train.seed,
         drop_last=config.train.dataloader_drop_last,
+        group_by_length=config.train.group_by_length,
         num_workers=config.data.dataloader_num_workers,
         pin_memory=world.device.type == "cuda",
     )
+    if data.train.lengths is not None:
+        console.padding(loader.expected_padding(), grouped=config.train.group_by_length)
+    return loader
 
 
 def compute_dtype(dtype: str, bf16: bool, fp16: bool) -> torch.dtype:
@@ -287,47 +295,6 @@ def _adapter_pattern(config: RunConfig, console: Console, found: FoundPattern) -
     return pattern
 
 
-def _data(config: RunConfig, world: World, console: Console, base: LoadedBase) -> tuple[Windows, Windows | None]:
-    """Training and evaluation windows, cut to the sizes asked for."""
-    data, train = config.data, config.train
-    console.loading_data(data.dataset_name, data.dataset_config_name)
-    source = TextSource(
-        dataset_name=data.dataset_name,
-        dataset_config_name=data.dataset_config_name,
-        validation_file=data.validation_file,
-        text_column=data.text_column,
-        document_separator=data.document_separator,
-    )
-    with world.main_first():
-        loaded = load_windows(
-            source,
-            base.tokenizer,
-            context_length=data.block_size,
-            special_tokens=data.special_tokens,
-            num_proc=data.preprocessing_num_workers,
-            cache_dir=data.cache_dir,
-        )
-    if "train" not in loaded.splits:
-        raise UserError(f"data.dataset_name: {data.dataset_name} has no train split, found {', '.join(loaded.splits)}")
-    training, evaluation = loaded.splits["train"], loaded.splits.get("validation")
-    if train.eval_strategy == "no" and evaluation is None:
-        pass
-    elif evaluation is None:
-        training, evaluation = hold_out(training, data.holdout_windows, train.seed)
-    if data.max_train_samples is not None:
-        training = training.take(min(data.max_train_samples, len(training)))
-    if evaluation is not None and data.max_eval_samples is not None:
-        evaluation = evaluation.take(min(data.max_eval_samples, len(evaluation)))
-    console.data_loaded(
-        data.dataset_name,
-        train=len(training),
-        evaluation=len(evaluation) if evaluation is not None else 0,
-        from_cache=loaded.from_cache,
-        wanted_train=data.max_train_samples,
-    )
-    return training, None if train.eval_strategy == "no" else evaluation
-
-
 def _check_identity(checkpoint: Checkpoint, now: Identity) -> None:
     """The base and the pattern are those that the checkpoint was trained on."""
     then = checkpoint.identity
@@ -353,21 +320,32 @@ def _check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
             raise UserError(f"adapter.{key}: was {before} when {checkpoint.path.name} was written, found {now}: set it as it was")
 
 
-def _resume(checkpoint: Checkpoint, fresh: TrainState, strategy: Strategy) -> TrainState:
+def _resume(checkpoint: Checkpoint, fresh: TrainState, strategy: Strategy, data: RunData, batch: BatchPlan) -> TrainState:
     """The checkpoint's state, with the optimizer put back."""
     state = checkpoint.state
     written = f"when {checkpoint.path.name} was written"
+    source = "text" if data.noun == "windows" else "records"
     if state.seed != fresh.seed:
         raise UserError(f"train.seed: found {fresh.seed}, expected {state.seed} as {written}: the order of the data would change")
     if state.num_samples != fresh.num_samples:
         raise UserError(
-            f"{_CONTENT_KEYS}, data.max_train_samples: found {fresh.num_samples} training windows, expected {state.num_samples} as "
-            f"{written}: the order of the data would change; set back what was changed of these, of the text or of the tokenizer"
+            f"{data.content_keys}, data.max_train_samples: found {fresh.num_samples} training {data.noun}, expected {state.num_samples} as "
+            f"{written}: the order of the data would change; set back what was changed of these, of the {source} or of the tokenizer"
         )
     if state.data_digest != fresh.data_digest:
         raise UserError(
-            f"{_CONTENT_KEYS}: found as many training windows as {written} ({state.num_samples}), but not the same content, expected "
-            "the same text, tokenizer and packing; set back what was changed of these, of the text or of the tokenizer"
+            f"{data.content_keys}: found as many training {data.noun} as {written} ({state.num_samples}), but not the same content, expected "
+            f"the same {source}, tokenizer and packing; set back what was changed of these, of the {source} or of the tokenizer"
+        )
+    if state.group_by_length != fresh.group_by_length:
+        raise UserError(
+            f"train.group_by_length: found {str(fresh.group_by_length).lower()}, expected {str(state.group_by_length).lower()} as "
+            f"{written}: the order of the data would change"
+        )
+    if state.group_by_length and state.global_batch != batch.global_batch:
+        raise UserError(
+            f"train.global_batch_size: found {batch.global_batch} {data.noun} a step with train.group_by_length, expected "
+            f"{state.global_batch} as {written}: the order of the data would change"
         )
     strategy.load_optimizer_tensors(checkpoint.optimizer)
     return state

@@ -161,7 +161,8 @@ class Stepper:
         for i, batch in enumerate(micro_batches):
             mark("forward and backward", step, i)
             torch.manual_seed(batch.dropout_seed)  # dropout is counted, not carried: same position, same masks
-            loss = causal_loss_sum(self.strategy.module, batch.input_ids_BL.to(device), batch.labels_BL.to(device))
+            positions = batch.position_ids_BL.to(device) if batch.position_ids_BL is not None else None
+            loss = causal_loss_sum(self.strategy.module, batch.input_ids_BL.to(device), batch.labels_BL.to(device), positions)
             self._losses.append(loss.detach())
             loss_sum += loss.detach().double()
             self.strategy.backward(loss / total_tokens, last=i == len(micro_batches) - 1)

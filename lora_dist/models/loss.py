@@ -9,13 +9,17 @@ IGNORE = -100
 """label of a token that does not count"""
 
 
-def causal_loss_sum(model: nn.Module, input_ids_BL: Tensor, labels_BL: Tensor) -> Tensor:
+def causal_loss_sum(model: nn.Module, input_ids_BL: Tensor, labels_BL: Tensor, position_ids_BL: Tensor | None = None) -> Tensor:
     """Cross-entropy summed over label tokens, float32 scalar.
 
     Args:
         input_ids_BL: token ids.
         labels_BL: the same ids, -100 where a token does not count; shifted here, so the first column never counts.
+        position_ids_BL: rows of several examples: positions that start anew with each, which keeps them apart; None: one sequence a row.
+
+    No attention mask: padding stands behind what counts, where causal attention does not reach.
     """
-    logits_BLV = model(input_ids=input_ids_BL, use_cache=False).logits
+    positions = {} if position_ids_BL is None else {"position_ids": position_ids_BL}
+    logits_BLV = model(input_ids=input_ids_BL, use_cache=False, **positions).logits
     targets = labels_BL[:, 1:].reshape(-1)
     return F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")

@@ -162,6 +162,30 @@ class Console:
         self.line(f"  - Train samples: {train:,} sequences")
         self.line(f"  - Eval samples: {evaluation:,} sequences")
 
+    def examples(self, kind: str, *, by_columns: bool, template: str | None, answers_only: bool) -> None:
+        named = f", template {template}" if template is not None else ""
+        learnt = "loss on the answers" if answers_only else "loss on prompts and answers"
+        self.line(f"  - Format: {kind}{' (by the columns)' if by_columns else ''}{named}, {learnt}")
+
+    def records(
+        self, split: str | None, *, records: int, bad: int, first_bad: str, truncated: int, max_length: int, lost_share: float
+    ) -> None:
+        """What became of the records of a split, where there is anything to say; `split`: None where there is only one."""
+        where = f" ({split})" if split is not None else ""
+        if bad:
+            self.line(f"  - Bad records{where}: {bad:,} of {records:,} left out ({first_bad})")
+        if truncated:
+            self.line(
+                f"  - Truncated{where}: {truncated:,} of {records - bad:,} examples at {max_length} tokens "
+                f"(answers lost {lost_share:.0%} of their tokens)"
+            )
+
+    def packed(self, *, examples: int, rows: int, capacity: int, fill: float) -> None:
+        self.line(f"  - Packed: {examples:,} examples in {rows:,} rows of {capacity:,} tokens, {fill:.1%} filled")
+
+    def padding(self, share: float, *, grouped: bool) -> None:
+        self.line(f"  - Padding: about {share:.1%} of the tokens computed{', grouped by length' if grouped else ''}")
+
     def resumed(self, path: Path, step: int, processes: int) -> None:
         self.line(f"✅ Resuming from {path} at step {step} ({processes} process{'es' if processes > 1 else ''})")
 

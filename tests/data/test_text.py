@@ -95,9 +95,9 @@ def test_processes_change_nothing(load: Callable, write_text: WriteText, monkeyp
 
 
 def test_small_texts_are_left_to_one_process(monkeypatch: pytest.MonkeyPatch):
-    assert text_module._processes(1 << 20) == 1
+    assert text_module.processes_for(1 << 20) == 1
     monkeypatch.setattr(text_module.os, "sched_getaffinity", lambda _: set(range(64)))
-    assert text_module._processes(1 << 30) == 8
+    assert text_module.processes_for(1 << 30) == 8
 
 
 # --- documents ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,167 @@
+"""What a run trains and evaluates on, put together from `data.*`: windows of text, examples, or packed rows of them.
+
+Called by `engine/setup.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_dist.config import RunConfig
+from lora_dist.data.encoding import Encoder, make_encoder
+from lora_dist.data.examples import ExampleSplits, format_of, load_examples
+from lora_dist.data.packing import PackedExamples
+from lora_dist.data.records import Format
+from lora_dist.data.rows import Rows
+from lora_dist.data.sources import TextSource
+from lora_dist.data.templates import load_template
+from lora_dist.data.text import hold_out, load_windows
+from lora_dist.log import UserError
+from lora_dist.models.loading import LoadedBase
+from lora_dist.monitor.console import Console
+from lora_dist.parallel import World
+
+_SOURCE_KEYS = "data.dataset_name, data.dataset_config_name, data.validation_file"
+_END_KEYS = "data.block_size, data.holdout_windows, train.eval_strategy, model.config_name"
+_TEXT_KEYS = f"data.format, {_SOURCE_KEYS}, data.text_column, data.document_separator, data.special_tokens, {_END_KEYS}"
+_EXAMPLE_KEYS = (
+    f"data.format, {_SOURCE_KEYS}, data.prompt_template, data.train_on_inputs, data.add_eos_token, data.special_tokens, {_END_KEYS}, "
+    "data.packing, data.packing_length"
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Rows to train and to evaluate on."""
+
+    train: Rows
+    evaluation: Rows | None
+    """never packed; None: no evaluation is asked for"""
+    noun: str
+    """what the rows to train on are"""
+    content_keys: str
+    """the options that they follow from, their number apart"""
+
+
+def run_data(config: RunConfig, world: World, console: Console, base: LoadedBase) -> RunData:
+    """Rows for training and evaluation, cut to the sizes asked for. Collective.
+
+    Raises:
+        UserError: data that is missing, unusable or does not fit the options.
+    """
+    data = config.data
+    console.loading_data(data.dataset_name, data.dataset_config_name)
+    source = TextSource(
+        dataset_name=data.dataset_name,
+        dataset_config_name=data.dataset_config_name,
+        validation_file=data.validation_file,
+        text_column=data.text_column,
+        document_separator=data.document_separator,
+    )
+    kind = data.format
+    if kind == "auto":
+        with world.main_first():
+            kind = format_of(source, data.cache_dir)
+        if kind == "text":
+            console.note("data.format auto: the rows are text")
+            asked = {"data.packing": data.packing, "data.train_on_inputs": data.train_on_inputs}
+            asked["train.group_by_length"] = config.train.group_by_length
+            problems = [
+                f"{key}: found true, but {data.dataset_name} holds text, expected examples" for key, on in asked.items() if on
+            ]
+            if problems:
+                raise UserError(problems)
+    if kind == "text":
+        return _windows(config, world, console, base, source)
+    return _examples(config, world, console, base, source, kind)
+
+
+def _windows(config: RunConfig, world: World, console: Console, base: LoadedBase, source: TextSource) -> RunData:
+    data, train = config.data, config.train
+    with world.main_first():
+        loaded = load_windows(
+            source,
+            base.tokenizer,
+            context_length=data.block_size,
+            special_tokens=data.special_tokens,
+            num_proc=data.preprocessing_num_workers,
+            cache_dir=data.cache_dir,
+        )
+    _require_train(data.dataset_name, list(loaded.splits))
+    training, evaluation = loaded.splits["train"], loaded.splits.get("validation")
+    if train.eval_strategy != "no" and evaluation is None:
+        training, evaluation = hold_out(training, data.holdout_windows, train.seed)
+    if data.max_train_samples is not None:
+        training = training.take(data.max_train_samples)
+    if evaluation is not None and data.max_eval_samples is not None:
+        evaluation = evaluation.take(data.max_eval_samples)
+    _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
+    return RunData(training, None if train.eval_strategy == "no" else evaluation, "windows", _TEXT_KEYS)
+
+
+def _examples(config: RunConfig, world: World, console: Console, base: LoadedBase, source: TextSource, kind: Format) -> RunData:
+    data, train = config.data, config.train
+    encoder = make_encoder(
+        kind,
+        base.tokenizer,
+        max_length=data.block_size,
+        template=load_template(data.prompt_template) if kind == "alpaca" else None,
+        special_tokens=data.special_tokens,
+        add_eos_token=data.add_eos_token,
+        train_on_inputs=data.train_on_inputs,
+    )
+    with world.main_first():
+        loaded = load_examples(
+            source,
+            encoder,
+            max_bad_share=data.max_bad_share,
+            num_proc=data.preprocessing_num_workers,
+            cache_dir=data.cache_dir,
+        )
+    _require_train(data.dataset_name, list(loaded.splits))
+    training, evaluation = loaded.splits["train"], loaded.splits.get("validation")
+    if train.eval_strategy != "no" and evaluation is None:
+        training, evaluation = hold_out(training, data.holdout_windows, train.seed, noun="examples")
+    if data.max_train_samples is not None:
+        training = training.take(data.max_train_samples)
+    if evaluation is not None and data.max_eval_samples is not None:
+        evaluation = evaluation.take(data.max_eval_samples)
+    _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
+    _tell_records(config, console, encoder, loaded)
+    scored = None if train.eval_strategy == "no" or evaluation is None else evaluation.by_length()
+    if not data.packing:
+        return RunData(training, scored, "examples", _EXAMPLE_KEYS)
+    packed = PackedExamples(training, data.packing_length or data.block_size, train.seed)
+    console.packed(examples=len(training), rows=len(packed), capacity=packed.capacity, fill=packed.fill)
+    return RunData(packed, scored, "packed rows", _EXAMPLE_KEYS)
+
+
+def _require_train(name: str, splits: list[str]) -> None:
+    if "train" not in splits:
+        raise UserError(f"data.dataset_name: {name} has no train split, found {', '.join(splits)}")
+
+
+def _tell_loaded(config: RunConfig, console: Console, train: int, evaluation: int, from_cache: bool) -> None:
+    data = config.data
+    console.data_loaded(
+        data.dataset_name, train=train, evaluation=evaluation, from_cache=from_cache, wanted_train=data.max_train_samples
+    )
+
+
+def _tell_records(config: RunConfig, console: Console, encoder: Encoder, loaded: ExampleSplits) -> None:
+    console.examples(
+        encoder.kind,
+        by_columns=config.data.format == "auto",
+        template=encoder.template.name if encoder.template is not None else None,
+        answers_only=not encoder.train_on_inputs,
+    )
+    for split, report in loaded.reports.items():
+        console.records(
+            split if len(loaded.reports) > 1 else None,
+            records=report.records,
+            bad=report.bad,
+            first_bad=report.first_bad(),
+            truncated=report.truncated,
+            max_length=encoder.max_length,
+            lost_share=report.lost_share,
+        )
