@@ -227,7 +227,9 @@ class Measures:
     def _weights(self) -> dict[str, Any]:
         """Collective where the model is sharded."""
         opened, found = self.opened, self.opened.found
-        named = list(opened.model.named_parameters())  # a shared parameter comes once
+        # A shared parameter comes once, and where the model is cut, one that is whole on every process counts on rank 0.
+        counted = not self._sharded or self.world.is_main
+        named = [(name, p) for name, p in opened.model.named_parameters() if counted or hasattr(p, "to_local")]
         parts = [weight_bytes(p for name, p in named if ("lora_" in name) is adapter) for adapter in (False, True)]
         sums = [float(value) for part in parts for value in (part.parameters, part.total, part.nonzero)]
         parameters, base, nonzero, _, adapter, _ = map(int, self.world.sum(sums) if self._sharded else sums)

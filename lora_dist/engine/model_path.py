@@ -23,7 +23,7 @@ def model_directory(path: str) -> str:
         raise UserError(f"model_path: {path} is a file, expected a model directory: make one of a pickle with lora-dist convert")
     if not where.is_dir() or (where / "config.json").is_file():
         return path  # loading says what is wrong with it, if anything is
-    found = sorted(folder for folder in where.iterdir() if folder.is_dir() and _is_model(folder))
+    found = sorted(folder for folder in where.iterdir() if not folder.name.startswith(".") and _is_model(folder))
     if len(found) == 1:
         return str(found[0])
     if found:

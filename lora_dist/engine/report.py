@@ -56,7 +56,7 @@ def evaluate_models(args: EvalArgs, world: World, console: Console | None = None
         UserError: a single model that cannot be loaded, or files that cannot be written. What fails later is in the outcome.
     """
     console = console or Console(enabled=False)
-    files = _output_files(args) if world.is_main else []
+    files = world.on_main(lambda: _output_files(args))
     rows = _rows(args)
     reports: list[dict[str, Any]] = []
     for number, (name, model, adapter) in enumerate(rows, start=1):
@@ -67,10 +67,11 @@ def evaluate_models(args: EvalArgs, world: World, console: Console | None = None
     report = finite({**header, **(reports[0] if not args.compare else {"models": reports})})
     failed = [f"{entry['name']}: {line}" for entry in reports for line in errors(entry)]
     _print(reports, failed, console)
-    for file in files:
-        text = _markdown(reports, failed) if file != _json_file(args) else json.dumps(report, indent=1, allow_nan=False) + "\n"
-        file.write_text(text, encoding="utf-8")
-        console.line(f"Written: {file}")
+    texts = {"output": json.dumps(report, indent=1, allow_nan=False) + "\n", "output_markdown": _markdown(reports, failed)}
+    if world.is_main:
+        for option, file in files.items():
+            file.write_text(texts[option], encoding="utf-8")
+            console.line(f"Written: {file}")
     return Outcome(report, failed)
 
 
@@ -178,16 +179,19 @@ def _how(args: EvalArgs, opened: Any, world: World) -> dict[str, Any]:
 # --- output ---------------------------------------------------------------------------------------------------------------
 
 
-def _json_file(args: EvalArgs) -> Path | None:
-    return Path(args.output).expanduser() if args.output else None
-
-
-def _output_files(args: EvalArgs) -> list[Path]:
-    """Files to write; found out before the evaluation that they can be, not after it."""
-    json_file = _json_file(args)
-    markdown = args.output_markdown or (json_file.with_suffix(".md") if json_file else None)
-    files = [file for file in (json_file, Path(markdown).expanduser() if markdown else None) if file is not None]
-    for file, option in zip(files, ("output", "output_markdown") if json_file else ("output_markdown",), strict=True):
+def _output_files(args: EvalArgs) -> dict[str, Path]:
+    """Files to write by option; found out before the evaluation that they can be, not after it."""
+    files: dict[str, Path] = {}
+    if args.output:
+        files["output"] = Path(args.output).expanduser()
+        files["output_markdown"] = files["output"].with_suffix(".md")
+    if args.output_markdown:
+        files["output_markdown"] = Path(args.output_markdown).expanduser()
+    if len(set(files.values())) < len(files):
+        raise UserError(
+            f"output: found {args.output} for JSON and Markdown alike, expected two files (output_markdown names the other)"
+        )
+    for option, file in files.items():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.open("a").close()

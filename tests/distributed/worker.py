@@ -29,6 +29,7 @@ from lora_dist.engine.base import base_pieces
 from lora_dist.engine.evaluate import evaluate
 from lora_dist.engine.merge import merge
 from lora_dist.engine.open_model import open_model
+from lora_dist.engine.report import evaluate_models
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.train import train
 from lora_dist.generation import generate
@@ -118,6 +119,11 @@ def run_eval(argv: list[str], job: dict[str, Any], world: World, answer: dict[st
     answer |= {"code": 0, "facts": {"loss": report.result.loss, "tokens": report.result.tokens}}
 
 
+def run_report(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
+    outcome = evaluate_models(parse(EvalArgs, argv, Verb("eval", "", positionals=("model",))), world)
+    answer |= {"code": 0, "facts": {"report": outcome.report, "failed": outcome.failed}}
+
+
 def run_merge(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
     report = merge(parse(MergeArgs, argv, Verb("merge", "", positionals=("base", "adapter", "out"))), world)
     answer |= {"code": 0, "facts": {"zero_tiles": report.zero_tiles, "errors": [report.logits_error_fp32, report.logits_error]}}
@@ -131,7 +137,7 @@ def run_generate(argv: list[str], job: dict[str, Any], world: World, answer: dic
     answer |= {"code": 0, "facts": {"text": text, "placements": sorted(placed)}}
 
 
-VERBS = {"train": run_train, "eval": run_eval, "merge": run_merge, "generate": run_generate}
+VERBS = {"train": run_train, "eval": run_eval, "report": run_report, "merge": run_merge, "generate": run_generate}
 
 
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:

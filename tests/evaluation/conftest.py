@@ -34,12 +34,15 @@ def hub_rows(task: str) -> list[dict]:
     return rows
 
 
-@pytest.fixture(scope="session")
-def task_data(tmp_path_factory) -> Path:
-    """A folder with a file of each task."""
+def write_questions(folder: Path) -> Path:
+    """The folder, with a file of each task in it."""
     from lora_dist.evaluation.zeroshot import TASKS
 
-    folder = tmp_path_factory.mktemp("tasks")
     for task in TASKS:
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hub_rows(task)))
     return folder
+
+
+@pytest.fixture(scope="session")
+def task_data(tmp_path_factory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("tasks"))
