@@ -52,6 +52,9 @@ def keep_heads(attention: Any, kv_heads: Tensor) -> None:
     _keep(attention.k_proj, rows=rows)
     _keep(attention.v_proj, rows=rows)
     _keep(attention.o_proj, columns=query_rows)
+    for name, count in (("num_heads", len(query_heads)), ("num_key_value_heads", len(kv_heads))):
+        if hasattr(attention, name):  # older transformers, and some families, reshape by them
+            setattr(attention, name, count)
 
 
 def keep_neurons(mlp: Any, neurons: Tensor) -> None:

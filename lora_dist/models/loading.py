@@ -22,8 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as hf_logging
 
 from lora_dist.log import UserError, logger
+from lora_dist.models.building import build_empty, fill
 from lora_dist.models.hub import resolve
-from lora_dist.models.sources import SourceFacts, read_facts, some, weight_files
+from lora_dist.models.sources import SourceFacts, read_facts, some, stored_shapes, weight_files
+from lora_dist.models.uneven import LayerWidths, NotStructured, find_widths
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _MODEL_KEY, _CONFIG_KEY = "model.name_or_path", "model.config_name"
@@ -82,6 +84,10 @@ class BaseSource:
     config_from: str
     tokenizer_from: str
     trust_remote_code: bool
+    widths: LayerWidths | None = None
+    """of the decoder layers, where structured pruning made them uneven"""
+    misfit: str = ""
+    """why shapes that differ from the configuration's are not structured pruning"""
 
     @property
     def context(self) -> int | None:
@@ -104,7 +110,14 @@ def open_base(
     config = _load_config(config_from, attn_implementation, trust_remote_code)
     tokenizer = _load_tokenizer(tokenizer_from, trust_remote_code)
     generation = None if config_from.folder == source_dir else generation_config((source_dir, config_from.folder), config)
-    return BaseSource(source_dir, config, tokenizer, generation, config_from.name, tokenizer_from.name, trust_remote_code)
+    widths, misfit = None, ""
+    try:
+        widths = find_widths(stored_shapes(source_dir), config)
+    except NotStructured as reason:  # part of the error that loading the weights is going to be
+        misfit = str(reason)
+    return BaseSource(
+        source_dir, config, tokenizer, generation, config_from.name, tokenizer_from.name, trust_remote_code, widths, misfit
+    )
 
 
 def load_base(
@@ -142,9 +155,18 @@ def load_base(
 
 def load_whole(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedBase:
     """The model of an opened directory with all its weights. Arguments and errors as `load_base`."""
-    model = _load_model(
-        source.source_dir, source.config, source.generation, dtype or facts.dtype, device, source.trust_remote_code
-    )
+    if source.widths is None:
+        return frozen(_load_model(source, dtype or facts.dtype, device), source, facts)
+    with quiet_transformers():
+        model = build_empty(
+            source.config,
+            dtype=dtype or facts.dtype,
+            device=device,
+            widths=source.widths,
+            trust_remote_code=source.trust_remote_code,
+        )
+    fill(model, source.source_dir, device)
+    model.generation_config = source.generation or generation_config((source.source_dir,), source.config)
     return frozen(model, source, facts)
 
 
@@ -232,19 +254,17 @@ def generation_config(folders: Sequence[Path], config: Any) -> GenerationConfig:
     return GenerationConfig.from_model_config(config)
 
 
-def _load_model(
-    source_dir: Path, config: Any, generation: GenerationConfig | None, dtype: torch.dtype, device: str, trust_remote_code: bool
-) -> Any:
+def _load_model(source: BaseSource, dtype: torch.dtype, device: str) -> Any:
     # Straight to an accelerator: several processes of one machine must not hold a copy each in its memory.
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
-                str(source_dir),
-                config=config,
-                generation_config=generation,
+                str(source.source_dir),
+                config=source.config,
+                generation_config=source.generation,
                 dtype=dtype,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=source.trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that the names come back, and are an error below
@@ -252,14 +272,14 @@ def _load_model(
             )
     except (OSError, ValueError, ImportError) as error:
         key = "model.attn_implementation" if "attn_implementation" in str(error) else _MODEL_KEY
-        raise UserError(f"{key}: {source_dir}: cannot be loaded as a causal language model ({_line(error)})") from error
-    _require_fit(source_dir, type(model).__name__, info)
+        raise UserError(f"{key}: {source.source_dir}: cannot be loaded as a causal language model ({_line(error)})") from error
+    _require_fit(source, type(model).__name__, info)
     return model
 
 
-def _require_fit(source_dir: Path, class_name: str, info: dict[str, Any]) -> None:
+def _require_fit(source: BaseSource, class_name: str, info: dict[str, Any]) -> None:
     """Every tensor of the model came from the files, with the shape that the configuration says."""
-    problems = []
+    source_dir, problems = source.source_dir, []
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         problems.append(
@@ -270,7 +290,8 @@ def _require_fit(source_dir: Path, class_name: str, info: dict[str, Any]) -> Non
             f"{name} is {tuple(found)}, by config.json {tuple(expected)}"
             for name, found, expected in sorted(info["mismatched_keys"])
         ]
-        problems.append(f"{_MODEL_KEY}: {source_dir}: {len(wrong)} tensors do not fit the configuration: {some(wrong)}")
+        why = f" (not structured pruning: {source.misfit})" if source.misfit else ""
+        problems.append(f"{_MODEL_KEY}: {source_dir}: {len(wrong)} tensors do not fit the configuration: {some(wrong)}{why}")
     if problems:
         problems[-1] += "; check that config.json belongs to these weights (model.config_name, if it was taken from there)"
         raise UserError(problems)

@@ -76,6 +76,8 @@ class Shard:
     names: list[str]
     tensor: Callable[[str], Tensor]
     """reads one tensor, on CPU"""
+    shape: Callable[[str], tuple[int, ...]]
+    """reads one tensor's shape, and not the tensor"""
 
 
 @contextmanager
@@ -87,14 +89,23 @@ def open_shard(file: Path) -> Iterator[Shard]:
     """
     if file.suffix != ".safetensors":
         tensors = load_tensors(file)
-        yield Shard(list(tensors), tensors.__getitem__)
+        yield Shard(list(tensors), tensors.__getitem__, lambda name: tuple(tensors[name].shape))
         return
     try:
         with safe_open(str(file), "pt") as handle:
-            yield Shard(list(handle.keys()), handle.get_tensor)
+            yield Shard(list(handle.keys()), handle.get_tensor, lambda name: tuple(handle.get_slice(name).get_shape()))
     except (SafetensorError, OSError) as error:
         size = f"{file.stat().st_size:,} bytes" if file.exists() else "no file"
         raise UserError(f"{file}: cannot be read as safetensors ({error}; {size}); download or save it again") from error
+
+
+def stored_shapes(source_dir: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the directory by name, from the files' headers. Raises UserError if files are missing or broken."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(source_dir):
+        with open_shard(file) as shard:
+            shapes |= {name: shard.shape(name) for name in shard.names}
+    return shapes
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
-from lora_dist.log import UserError, logger
+from lora_dist.log import UserError
+from lora_dist.models.building import build_empty, match_names, stored_buffers
 from lora_dist.models.loading import BaseSource, LoadedBase, frozen, generation_config, quiet_transformers
-from lora_dist.models.sources import SourceFacts, some, weight_files
+from lora_dist.models.sources import SourceFacts, weight_files
 
 
 def load_empty(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedBase:
@@ -30,36 +30,17 @@ def load_empty(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | N
     Raises:
         UserError: a class that cannot be built without weights.
     """
-    with quiet_transformers(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            source.config, dtype=dtype or facts.dtype, trust_remote_code=source.trust_remote_code
+    with quiet_transformers():
+        model = build_empty(
+            source.config,
+            dtype=dtype or facts.dtype,
+            device=device,
+            widths=source.widths,
+            trust_remote_code=source.trust_remote_code,
         )
-    model.tie_weights()
     model.generation_config = source.generation or generation_config((source.source_dir,), source.config)
-    _compute_buffers(model, torch.device(device))
     _place(model, torch.device(device))
     return frozen(model, source, facts)
-
-
-def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Buffers that no file holds (rotary frequencies) are computed, by transformers' own initialisation.
-
-    Parameters are still on the meta device here, so initialising them too costs and changes nothing.
-    """
-    for name, module in model.named_modules():
-        made = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
-        if not made:
-            continue
-        for key, buffer in made.items():
-            fill = torch.nan if buffer.is_floating_point() else 0
-            module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device)
-        model._init_weights(module)
-        for key in made:
-            if not bool(torch.isfinite(module._buffers[key]).all()):
-                raise UserError(
-                    f"model.name_or_path: {type(model).__name__} does not say how to compute its buffer {name}.{key}, which a sharded "
-                    "base needs; set parallel.strategy ddp, zero1 or zero2, which load the whole model"
-                )
 
 
 def _place(model: nn.Module, device: torch.device) -> None:
@@ -97,7 +78,9 @@ class TensorReader:
             handle = self._open(file)
             for key in handle.keys():  # noqa: SIM118 -- not a dict
                 where[key] = (file, tuple(handle.get_slice(key).get_shape()))
-        self._keys = self._match(model, source_dir, where)
+        shapes = {key: shape for key, (_, shape) in where.items()}
+        advice = "check config.json, or set parallel.strategy ddp, which loads through transformers"
+        self._keys = match_names(model, source_dir, shapes, advice=advice)
         self._where = where
 
     def _open(self, file: Path) -> Any:
@@ -107,35 +90,6 @@ class TensorReader:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: cannot be read as safetensors ({error}); download or save it again") from error
         return self._handles[file]
-
-    @staticmethod
-    def _match(model: Any, source_dir: Path, where: dict[str, tuple[Path, tuple[int, ...]]]) -> dict[str, str]:
-        """Name in the model -> name in the files: the same, or with or without the model's prefix (as older GPT-2 files)."""
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        keys, missing, wrong = {}, [], []
-        for name, tensor in [*model.named_parameters(), *_stored_buffers(model)]:
-            found = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in where), None)
-            if found is None:
-                missing.append(name)
-            elif where[found][1] != tuple(tensor.shape):
-                wrong.append(f"{name} is {where[found][1]}, by config.json {tuple(tensor.shape)}")
-            else:
-                keys[name] = found
-        if missing:
-            raise UserError(
-                f"model.name_or_path: {source_dir}: {len(missing)} tensors that {type(model).__name__} needs are not in the files under "
-                f"its names: {some(missing)}; check config.json, or set parallel.strategy ddp, which loads through transformers"
-            )
-        if wrong:
-            raise UserError(
-                f"model.name_or_path: {source_dir}: {len(wrong)} tensors do not fit the configuration: {some(wrong)}; check that "
-                "config.json belongs to these weights"
-            )
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(keys)
-        unused = sorted(set(where) - set(keys.values()) - tied)
-        if unused:
-            logger.warning("%s: %d tensors in the files are not used by the model: %s", source_dir, len(unused), some(unused))
-        return keys
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys
@@ -152,10 +106,5 @@ class TensorReader:
 
     def fill_buffers(self, model: nn.Module) -> None:
         """Buffers that the files hold; there are few, and every process needs them whole."""
-        for name, buffer in _stored_buffers(model):
+        for name, buffer in stored_buffers(model):
             buffer.copy_(self.whole(name))
-
-
-def _stored_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    stored = set(model.state_dict())
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
