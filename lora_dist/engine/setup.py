@@ -112,7 +112,10 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         _check_adapter(checkpoint, config)
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
     strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint)
-    if config.data.packing:
+    pieces = base_pieces(base.model, strategy.piece)
+    require_finite(world, pieces)
+    guard = make_guard(world, pieces, opened.found.pattern, opened.linears, sample_chunks=config.guard.sample_chunks)
+    if config.data.packing:  # behind the guard: a forward pass leaves some of what FSDP cut in one piece
         require_separate(
             strategy.module,
             world,
@@ -121,9 +124,6 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
             rows=batch.micro_batch,
             kernel=base.model.config._attn_implementation,
         )
-    pieces = base_pieces(base.model, strategy.piece)
-    require_finite(world, pieces)
-    guard = make_guard(world, pieces, opened.found.pattern, opened.linears, sample_chunks=config.guard.sample_chunks)
     loader = _loader(config, world, console, batch, data)
     train = config.train
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
