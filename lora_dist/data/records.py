@@ -225,7 +225,7 @@ def conversation(record: Any) -> tuple[list[dict[str, Any]], list[Any] | None]:
         raise BadRecordError("messages or conversations: missing")
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
         raise BadRecordError(f"{name}: found {_kind(turns)}, expected a list of messages")
-    messages = [_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
+    messages = [chat_message(turn, f"{name}[{i}]") for i, turn in enumerate(turns)]
     if not any(message["role"] == "assistant" for message in messages):
         raise BadRecordError(f"{name}: no message of the assistant")
     tools = record.get("tools")
@@ -239,7 +239,12 @@ def conversation(record: Any) -> tuple[list[dict[str, Any]], list[Any] | None]:
     return messages, tools or None
 
 
-def _message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+def chat_message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message in OpenAI's form, of one in that or in ShareGPT's.
+
+    Raises:
+        BadRecordError: what is wrong with it.
+    """
     sharegpt = turn.get("role") is None and turn.get("from") is not None
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     role = turn.get(role_key)

@@ -6,17 +6,16 @@ takes the same ones. A run may be asked to stop (`engine/stop.py`): it does so b
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from lora_dist.adapter import adapter_tensors, read_adapter_tensors, save_adapter
+from lora_dist.adapter import read_adapter_tensors
 from lora_dist.data.loader import StepBatch
-from lora_dist.engine.checkpoint import ADAPTER, adapter_problem, verify
+from lora_dist.engine.checkpoint import ADAPTER, verify
 from lora_dist.engine.evaluations import Evaluations
-from lora_dist.engine.folder import publish_files
+from lora_dist.engine.final import final_folder, next_steps, write_final
 from lora_dist.engine.health import Health
 from lora_dist.engine.memory import peak_memory_gib
 from lora_dist.engine.saver import Saver
@@ -351,19 +350,10 @@ class Loop:
         p, state = self.parts, self.state
         self.watch.mark("writing the final adapter", state.step)
         trained, norms = p.strategy.trainable_tensors(), self.saver.live_norms()
-        final_dir = p.output_dir / self.train.adapter_subfolder
 
         def write() -> None:
             self.saver.ensure_folder()
-            p.console.saving(final_dir)
-            publish_files(
-                final_dir,
-                lambda folder: save_adapter(p.model, folder, adapter_tensors(p.model, trained)),
-                lambda folder: adapter_problem(folder, norms),
-            )
-            p.console.saved_files(final_dir / "adapter_config.json", final_dir / "adapter_model.safetensors")
-            publish_files(final_dir, lambda folder: p.base.tokenizer.save_pretrained(str(folder)))
-            p.console.tokenizer_saved(final_dir / "tokenizer_config.json")
+            write_final(p, trained, norms)
 
         p.world.on_main(write)
         p.console.summary(
@@ -374,17 +364,7 @@ class Loop:
             perplexity=final.perplexity if final else None,
             best_checkpoint=best,
         )
-        base, out = shlex.quote(p.config.model.name_or_path), shlex.quote(str(final_dir))
-        merged = shlex.quote(str(p.output_dir / "merged"))
-        p.console.complete(
-            final_dir,
-            [
-                "1. Evaluate the fine-tuned model:",
-                f"   LORA_WEIGHTS={out} PRUNED_MODEL={base} ./scripts/evaluate_lora_block.sh",
-                f"2. Merge it, pattern kept:  lora-dist merge {base} {out} {merged}"
-                + (" --densify   (plain LoRA: the pattern is lost)" if p.pattern is None and p.guard.pattern is not None else ""),
-            ],
-        )
+        p.console.complete(final_folder(p), next_steps(p))
 
     # Small facts
 

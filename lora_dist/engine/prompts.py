@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lora_dist.data.records import BadRecordError, chat_message
 from lora_dist.data.templates import PromptTemplate
 from lora_dist.log import UserError
 
-_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-"""ShareGPT's names of OpenAI's roles"""
 _EXPECTED = "a text, instruction (and input), or messages"
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,14 @@ def _prompt(where: str, value: Any) -> Prompt:
 
 def _messages(where: str, value: Any) -> tuple[Message, ...]:
     """In OpenAI's form, without the answers after the last question."""
-    messages = []
-    for turn in value if isinstance(value, list) else [None]:
-        role, content = (
-            (turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) if isinstance(turn, dict) else (0, 0)
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(
+            f"{where}: found messages that are no list of objects, expected role and content (or from and value) in each"
         )
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"{where}: found messages without role and content (or from and value)")
-        messages.append({"role": _SPEAKERS.get(role, role), "content": content})
+    try:
+        messages = [chat_message(turn, f"messages[{i}]") for i, turn in enumerate(value)]
+    except BadRecordError as error:
+        raise UserError(f"{where}: {error}") from error
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
