@@ -220,7 +220,7 @@ def test_the_loss_falls_and_the_console_says_what_is_done(finished):
     out, console = finished
     values = losses(out)
     assert len(values) == 10 and values[10] < 0.9 * values[1]
-    evaluated = [row["loss"] for row in records(out, "eval")]
+    evaluated = [row["eval_loss"] for row in records(out, "eval")]
     assert len(evaluated) == 3 and evaluated[-1] < evaluated[0]
     for line in ("✅ Pattern kept: all ", "✅ Fine-tuned model saved in ", "***** Evaluating the fine-tuned model *****"):
         assert line in console
