@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a LoRA that keeps the pruned tiles zero; resume, evaluate, save",
     "eval": "loss and perplexity of a model, with or without an adapter",
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
+    "convert": "turn a pickled model into a directory, without running what is in it",
     "generate": "continue a prompt",
     "submit": "check a training run and queue it under Slurm, to be requeued until it is complete",
     "rendezvous": "hold the meeting point of an elastic run, outside of its machines",

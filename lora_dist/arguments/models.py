@@ -1,4 +1,4 @@
-"""Options of the verbs that write or show a model directory: prune, merge, inspect."""
+"""Options of the verbs that write or show a model directory: prune, merge, convert, inspect."""
 
 from __future__ import annotations
 
@@ -98,6 +98,31 @@ class MergeArgs:
                 yield f"{name.upper()}: found nothing, expected lora-dist merge BASE ADAPTER OUT"
         if self.project and self.densify:
             yield "project, densify: found both, expected one at most"
+
+
+@dataclass
+class ConvertArgs:
+    """Turn a pickled model, as pruning tools write it, into a directory of safetensors; nothing in the pickle is run."""
+
+    pickle: str = ""
+    """File that holds {'model', 'tokenizer'}, a model, or a state dict, written by torch.save."""
+    out: str = ""
+    """Directory to write; must not exist or be empty."""
+    trust_pickle: bool = False
+    """Open a pickle that names classes outside of the allow-list; code in it runs."""
+    tokenizer: str | None = None
+    """Directory or hub name to take the tokenizer from, where the pickle has none that can be rebuilt."""
+    config_name: str | None = None
+    """Directory or hub name to take the configuration from: needed by a state dict."""
+    block: int = 16
+    """Tile side to look for; a pattern of pruned tiles is stored beside the weights."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("pickle", "out"):
+            if not getattr(self, name):
+                yield f"{name.upper()}: found nothing, expected lora-dist convert PICKLE OUT"
+        if self.block < 1:
+            yield f"block: found {self.block}, expected 1 or more"
 
 
 @dataclass

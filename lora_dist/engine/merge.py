@@ -48,11 +48,13 @@ class MergeReport:
 
 
 @torch.no_grad()
-def _probe_logits(model: nn.Module, ids_BL: Tensor) -> Tensor:
+def probe_logits(model: nn.Module, ids_BL: Tensor) -> Tensor:
+    """Logits in float32, (B, L, vocabulary)."""
     return model(input_ids=ids_BL, use_cache=False).logits.float()
 
 
-def _relative(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Largest |a - b| over the largest |b|."""
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
 
 
@@ -151,18 +153,18 @@ def merge_whole(
 ) -> LogitErrors:
     """Merge in this process's memory and write."""
     ids_BL = probe_tokens(opened.base.model, world.device)
-    before = _probe_logits(opened.model, ids_BL)
+    before = probe_logits(opened.model, ids_BL)
     merged: Any = merge_adapter(opened.model)
     if project is not None:
         for linear in prunable_linears(merged):
             if linear.name in project:
                 linear.weight_OI.masked_fill_(~project[linear.name].expand(linear.weight_OI.device), 0.0)
-    float32 = _relative(_probe_logits(merged, ids_BL), before)
+    float32 = relative_difference(probe_logits(merged, ids_BL), before)
     check_logits(float32, project=project)
     transposed = {linear.name for linear in prunable_linears(merged) if linear.transposed}
     Guard(dict(merged.named_parameters()), kept, transposed=transposed, when="after merging")
     merged.to(dtype)
-    rounded = _relative(_probe_logits(merged, ids_BL), before)
+    rounded = relative_difference(probe_logits(merged, ids_BL), before)
     merged.config.use_cache = opened.base.use_cache
     world.on_main(lambda: save_model(merged, opened.base.tokenizer, out, pattern=kept))
     return LogitErrors(float32, rounded)
@@ -178,14 +180,14 @@ def merge_sharded(
     # Before a forward pass, which leaves the root's parameters gathered: these are the shards.
     parameters = {plain_name(name): p for name, p in base.named_parameters() if ".lora_" not in name}
     ids_BL = probe_tokens(base, world.device)
-    before = _probe_logits(model, ids_BL)
+    before = probe_logits(model, ids_BL)
     transposed = {linear.name for linear in opened.linears if linear.transposed}
     for name, delta_OI in updates(opened):
         if project is not None and name in project:
             delta_OI.masked_fill_(~project[name].expand(delta_OI.device), 0.0)
         sharded.add(parameters[f"{name}.weight"], delta_OI.T if name in transposed else delta_OI)
     with model.disable_adapter():
-        float32 = _relative(_probe_logits(model, ids_BL), before)
+        float32 = relative_difference(probe_logits(model, ids_BL), before)
     check_logits(float32, project=project)
     pieces = {name: sharded.piece(p) for name, p in parameters.items()}
     require_finite(world, pieces)
@@ -193,7 +195,7 @@ def merge_sharded(
     for piece in pieces.values():
         piece.tensor.copy_(piece.tensor.to(dtype))
     with model.disable_adapter():
-        rounded = _relative(_probe_logits(model, ids_BL), before)
+        rounded = relative_difference(probe_logits(model, ids_BL), before)
     _write_gathered(opened, world, out, parameters, kept, dtype)
     return LogitErrors(float32, rounded)
 

@@ -108,20 +108,21 @@ def fill(model: Any, source_dir: Path, device: str) -> None:
     names_of: dict[str, list[str]] = {}
     for name, key in match_names(model, source_dir, shapes, advice="check that config.json belongs to these weights").items():
         names_of.setdefault(key, []).append(name)
+    parameters = {name for name, _ in model.named_parameters()}
     for file in weight_files(source_dir):
         with open_shard(file) as shard:
             for key in shard.names:
                 for name in names_of.get(key, ()):
-                    _set(model, name, shard.tensor(key), device)
+                    placeholder = model.get_parameter(name) if name in parameters else model.get_buffer(name)
+                    set_tensor(model, name, shard.tensor(key).to(device, placeholder.dtype, copy=True))
     model.tie_weights()
 
 
-def _set(model: nn.Module, name: str, value: Tensor, device: str) -> None:
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer of the model, without copying it."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._buffers:
-        module._buffers[leaf].copy_(value)  # type: ignore[union-attr]
-        return
-    old = module._parameters[leaf]
-    assert old is not None
-    module._parameters[leaf] = nn.Parameter(value.to(device, old.dtype, copy=True), requires_grad=False)
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)

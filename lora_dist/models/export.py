@@ -1,7 +1,7 @@
 """Module -> Hugging Face directory: a whole one or none, and proof of the pattern in what was written.
 
-Everything goes to a hidden sibling of the final name, is flushed to disk, and is renamed once. Called by `engine/prune.py` and
-`engine/merge.py`.
+Everything goes to a hidden sibling of the final name, is flushed to disk, and is renamed once. Called by `engine/prune.py`,
+`engine/merge.py` and `engine/convert.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,13 @@ def check_output(path: str | Path, *, need_bytes: int = 0) -> Path:
 
 
 def save_model(
-    model: Any, tokenizer: Any, out_dir: str | Path, *, pattern: Pattern | None, extra_files: Mapping[str, str] | None = None
+    model: Any,
+    tokenizer: Any,
+    out_dir: str | Path,
+    *,
+    pattern: Pattern | None,
+    extra_files: Mapping[str, str] | None = None,
+    prove: Callable[[Path], Mapping[str, str]] | None = None,
 ) -> Path:
     """Write model, tokenizer, pattern and notes as one directory that transformers' `from_pretrained` reads.
 
@@ -78,6 +84,7 @@ def save_model(
         out_dir: must not exist, or be empty.
         pattern: written beside the weights as block_mask.safetensors.
         extra_files: text by file name.
+        prove: looks at what was written before it gets its name, and returns more such files; where it raises, nothing is left.
 
     Raises:
         UserError: out_dir holds something, or the disk is full or read-only; nothing is left of this call then.
@@ -86,6 +93,8 @@ def save_model(
         with quiet_transformers(), _savable_generation(model):
             model.save_pretrained(str(staging))
         _write_rest(tokenizer, staging, pattern, extra_files or {})
+        if prove is not None:
+            _write_texts(staging, prove(staging))
     return Path(out_dir).expanduser()
 
 
@@ -175,12 +184,16 @@ def _write_rest(tokenizer: Any, folder: Path, pattern: Pattern | None, extra_fil
         tokenizer.save_pretrained(str(folder))
     if pattern is not None:
         pattern.save(folder)
-    for name, text in extra_files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    _write_texts(folder, extra_files)
     mode = (folder / "config.json").stat().st_mode
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(mode)  # safetensors makes its files readable for their owner only
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -1,19 +1,25 @@
 """Files that are pickles: the one place of the project that reads or writes them (held by the layering test).
 
-`load_tensors` reads a torch state dict, `save_pickled` writes a whole model. Called by `sources.py`, `pickled.py`, `engine/deliver.py`
-and `scripts/prune_structured.py`.
+`load_tensors` reads a torch state dict; `read_inert` reads a pickle of whole objects without building any of them, so that nothing
+in the file can act: torch's restricted reader (`weights_only`) is given, for each class of the allow-list, a class of the same
+name that only notes what it is given. `save_pickled` writes a whole model. Called by `sources.py`, `pickled.py`, `engine/deliver.py` and
+`scripts/prune_structured.py`.
 """
 
 from __future__ import annotations
 
+import tarfile
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from lora_dist.log import UserError
+from lora_dist.models.allowed import is_allowed
 from lora_dist.process import flush
 
 
@@ -33,6 +39,123 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise UserError(f"{path}: found {type(loaded).__name__} with other things than tensors, expected a state dict")
     return loaded
+
+
+class Inert:
+    """Stands for an object in a pickle: keeps its arguments and its state, and does nothing with them."""
+
+    __slots__ = ("arguments", "state")
+    path = ""
+    """class or function that the pickle names"""
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Inert:
+        made = object.__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        """The arguments are kept by `__new__`, which is all that a pickle calls for most objects."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def read_inert(path: Path) -> Any:
+    """What a torch file holds, with an `Inert` in the place of every object that is not a tensor or plain data.
+
+    Nothing in the file is run, imported or built, whatever it holds. Tensors are memory-mapped.
+
+    Raises:
+        UserError: a file of another kind; or one that names anything outside of the allow-list, every such name listed.
+    """
+    _require_torch_zip(path)
+    try:
+        found = sorted(get_unsafe_globals_in_checkpoint(path))
+        refused = [name for name in found if not is_allowed(name)]
+        if refused:
+            raise UserError(
+                f"{path}: names what does not belong into a pickled model: {', '.join(refused)}. A pickle can run any code when it is "
+                "opened, so nothing was; if you know where the file is from, --trust_pickle opens it all the same"
+            )
+        # Classes made here, because the reader looks them up by identity, one for each name.
+        stands = [(type(name.rpartition(".")[2], (Inert,), {"path": name, "__slots__": ()}), name) for name in found]
+        with safe_globals(stands):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UserError:
+        raise
+    except Exception as error:  # a hostile file can make the reader fail in any way, and each means the same
+        raise UserError(
+            f"{path}: cannot be read without running it ({type(error).__name__}: {_line(error)}); download or save it again, with "
+            "torch.save and its usual pickle protocol, or open it with --trust_pickle if you know where it is from"
+        ) from error
+
+
+def read_trusted(path: Path) -> Any:
+    """What a torch file holds, opened as a pickle is: code in it runs.
+
+    Raises:
+        UserError: it cannot be opened, for want of a class that this environment does not have, for example.
+    """
+    _require_torch_zip(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+    except Exception as error:  # whatever the code in it raises
+        raise UserError(
+            f"{path}: cannot be opened ({type(error).__name__}: {_line(error)}); it needs the packages it was saved with"
+        ) from error
+
+
+def globals_of(path: Path) -> list[str]:
+    """Classes and functions that a torch file names beside torch's own tensors. Nothing is run."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except Exception as error:  # a newer pickle protocol, which only --trust_pickle opens
+        return [f"unknown ({_line(error)})"]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+_OLD_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
+"""torch's own number at the start of its files, before version 1.6"""
+
+
+def _require_torch_zip(path: Path) -> None:
+    """Raises UserError, saying what the file is, unless it is a whole file of torch.save."""
+    if not path.is_file():
+        raise UserError(f"{path}: found no such file, expected a pickled model")
+    with path.open("rb") as file:
+        start = file.read(512)
+    kind = ""
+    if not start:
+        kind = "an empty file"
+    elif start.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            raise UserError(
+                f"{path}: is a truncated or damaged torch file ({_line(error)}); download or save it again"
+            ) from error
+        if "data.pkl" not in names:
+            kind = "a zip archive, not one of torch.save"
+        elif "constants.pkl" in names:
+            kind = "a TorchScript program"
+    elif _OLD_MAGIC in start[:20]:
+        kind = "a file of torch before version 1.6"
+    elif tarfile.is_tarfile(path):
+        kind = "a tar archive"
+    elif start[:1] == b"\x80":
+        kind = "a bare pickle"
+    elif start[8:9] == b"{":
+        kind = "a safetensors file"
+    else:
+        kind = "no torch file"
+    if kind:
+        raise UserError(f"{path}: is {kind}, expected a model saved by torch.save (1.6 or later); it was not opened")
 
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))

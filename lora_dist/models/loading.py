@@ -108,7 +108,7 @@ def open_base(
     config_from = _config_source(source_dir, name_or_path, config_name)
     tokenizer_from = _tokenizer_source(source_dir, name_or_path, config_name, trust_remote_code)
     config = _load_config(config_from, attn_implementation, trust_remote_code)
-    tokenizer = _load_tokenizer(tokenizer_from, trust_remote_code)
+    tokenizer = load_tokenizer(tokenizer_from.folder, tokenizer_from.name, trust_remote_code=trust_remote_code)
     generation = None if config_from.folder == source_dir else generation_config((source_dir, config_from.folder), config)
     widths, misfit = None, ""
     try:
@@ -235,12 +235,17 @@ def _load_config(place: _Place, attn_implementation: str | None, trust_remote_co
         raise UserError(f"{_MODEL_KEY}: {place.name}: config.json cannot be used ({_line(error)})") from error
 
 
-def _load_tokenizer(place: _Place, trust_remote_code: bool) -> Any:
+def load_tokenizer(folder: Path, name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a directory that the user called `name`.
+
+    Raises:
+        UserError: files that are missing or broken.
+    """
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(str(place.folder), trust_remote_code=trust_remote_code, local_files_only=True)
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain `Exception` for a file it cannot read
-        raise UserError(f"{_MODEL_KEY}: {place.name}: the tokenizer cannot be loaded ({_line(error)})") from error
+        raise UserError(f"{_MODEL_KEY}: {name}: the tokenizer cannot be loaded ({_line(error)})") from error
 
 
 def generation_config(folders: Sequence[Path], config: Any) -> GenerationConfig:
