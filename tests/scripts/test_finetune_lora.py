@@ -17,13 +17,17 @@ from make_instructions import main as make_instructions
 from make_instructions import make_records
 
 from lora_dist.__main__ import run_reporting
+from lora_dist.arguments import InspectArgs
 from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.cli.options import parse
 from lora_dist.cli.train import VERB
 from lora_dist.config import RunConfig
+from lora_dist.engine.inspect import inspect
+from lora_dist.engine.open_model import open_model
 from lora_dist.log import UserError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.loading import load_base
+from lora_dist.parallel import World
 from tests.runs import ROOT, environment, losses, records
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -255,6 +259,14 @@ def test_the_pickled_model_reloads_as_the_guide_says_and_is_the_merged_one(finis
     assert loaded["model"].config.use_cache and all(p.requires_grad for p in loaded["model"].parameters())
     pattern = Pattern.load(out / "pruned_model")
     assert all(not linear.weight_OI[~pattern[linear.name].expand()].any() for linear in prunable_linears(merged.model))
+
+
+def test_the_run_folder_stands_for_its_adapter(finished, workplace):
+    out, _ = finished
+    assert inspect(InspectArgs(path=str(out))).what == "adapter"
+    opened = open_model(str(workplace / "pruned"), str(out), world=World())
+    merged = load_base(str(out / "pruned_model"), progress=False).model
+    assert opened.masked and torch.allclose(logits(opened.model), logits(merged), atol=1e-5)
 
 
 def test_the_evaluation_has_every_field_of_the_guide(finished):
