@@ -94,6 +94,13 @@ def hub_splits(name: str, config: str | None, column: str, wanted: tuple[str, ..
     return {s: HubSplit(s, column, (repo, record["revision"], chosen, s), load) for s in record["splits"]}
 
 
+def require_reachable(repo: str) -> None:
+    """Raises:
+    UserError: within seconds, if nothing is kept of a data set and the hub cannot be reached, does not have it, or gates it.
+    """
+    _hub_revision(repo, repo, None, has_copy=_in_local_cache(repo))
+
+
 def _hub_revision(repo: str, name: str, branch: str | None, has_copy: bool) -> str | None:
     """The data set's newest revision, or None if the hub cannot be reached but something was kept from it.
 

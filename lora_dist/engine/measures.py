@@ -16,6 +16,7 @@ import torch
 
 from lora_dist.arguments import EvalArgs
 from lora_dist.data.corpus import Corpus, TokenStream, read_corpus, token_stream
+from lora_dist.data.files import EXTENSIONS
 from lora_dist.data.sources import TextSource
 from lora_dist.engine.evaluate import packed_loss
 from lora_dist.engine.open_model import OpenModel
@@ -29,7 +30,11 @@ from lora_dist.models.loss import causal_loss_sum
 from lora_dist.parallel import World
 
 # The rooms below name options as `lora-dist train` does; here the data set is one of `texts`.
-_KEYS = {"data.dataset_name": "texts", "data.": ""}
+_KEYS = {
+    f"set data.dataset_name to local files ({EXTENSIONS}) or a directory": f"name a local file in texts (NAME=FILE, {EXTENSIONS})",
+    "data.dataset_name": "texts",
+    "data.": "",
+}
 
 
 @dataclass(frozen=True)

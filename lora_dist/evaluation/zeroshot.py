@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_dist.data.choices import file_sha256, question_file
+from lora_dist.data.files import EXTENSIONS
+from lora_dist.data.hub import require_reachable
 from lora_dist.evaluation.together import say, together
 from lora_dist.log import UserError
 from lora_dist.parallel import World
@@ -163,6 +165,9 @@ def _load(name: str, args: ZeroShotArgs) -> Any:
     manager = lm_eval.tasks.TaskManager(
         include_defaults=not folders and not is_file, include_path=[str(folder) for folder in folders] or None, metadata=metadata
     )
+    entry = manager.task_index.get(name)
+    if name in TASKS and not _is_local(name, args) and entry is not None and entry.cfg:
+        _require_reachable(str(entry.cfg["dataset_path"]))
     try:
         loaded = manager.load([_own_name(name, args)])
     except KeyError as error:
@@ -173,6 +178,18 @@ def _load(name: str, args: ZeroShotArgs) -> Any:
             task.set_config(key="num_fewshot", value=args.num_fewshot)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     return loaded
+
+
+def _require_reachable(repo: str) -> None:
+    """Where the hub cannot be reached, `datasets` would try for half a minute before it says so less clearly."""
+    try:
+        require_reachable(repo)
+    except UserError as error:
+        names = {
+            "data.dataset_name: found no local file or directory": "task_data: found none, nor the data set",
+            f"set data.dataset_name to local files ({EXTENSIONS}) or a directory": "set task_data to a folder of local files",
+        }
+        raise error.renamed(names) from error
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,16 @@ def test_models_side_by_side(tiny_base, tiny_text, adapters, tmp_path):
     }
     output = tmp_path / "out" / "figures.json"
     compare = "--compare=" + ",".join(f"{name}={where}" for name, where in rows.items())
-    argv = options(tiny_text, compare, "--metrics=ppl,memory", f"--output={output}", "--prompt_tokens=8", "--max_new_tokens=4")
+    questions = f"--task_data={write_questions(tmp_path)}"
+    argv = options(
+        tiny_text,
+        compare,
+        "--metrics=ppl,zeroshot,memory",
+        questions,
+        f"--output={output}",
+        "--prompt_tokens=8",
+        "--max_new_tokens=4",
+    )
     assert eval_verb.main(argv) == 1  # one row failed
     report = json.loads(output.read_text(), parse_constant=pytest.fail)
     found = {row["name"]: row for row in report["models"]}
@@ -77,6 +86,12 @@ def test_models_side_by_side(tiny_base, tiny_text, adapters, tmp_path):
 
     losses = {name: row["perplexity"]["stories"]["loss"] for name, row in found.items() if name != "gone"}
     assert losses["masked"] == pytest.approx(losses["dense"], rel=1e-5)  # merged: the same model
+    accuracies = {
+        name: {task: figures["acc"] for task, figures in row["zeroshot"]["tasks"].items()}
+        for name, row in found.items()
+        if name != "gone"
+    }
+    assert accuracies["masked"] == accuracies["dense"] != accuracies["pruned"] and len(accuracies["masked"]) == 7
     assert len({round(losses[name], 6) for name in ("pruned", "masked", "plain")}) == 3
     assert ("recovery" in found["plain"]) == (losses["pruned"] > losses["dense"])  # weights are random: pruning may do no harm
 

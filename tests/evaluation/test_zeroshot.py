@@ -177,3 +177,16 @@ def test_without_lm_eval_the_extra_is_named(monkeypatch, task_data):
 def test_means_need_every_task():
     assert means({"a": {"acc": 0.5, "acc_norm": 0.7}, "b": {"acc": 0.3}}) == {"mean_acc": 0.4, "mean_acc_norm": 0.5}
     assert means({"a": {"acc": 0.5}, "b": {"error": "x"}}) == {"mean_acc": None, "mean_acc_norm": None}
+
+
+def test_an_unreachable_hub_is_told_at_once(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    found = ours(tiny_model(vocab_size=len(tiny_tokenizer())), tiny_tokenizer(), tasks=("piqa", "winogrande"), limit=1)
+    for task, repo in (("piqa", "baber/piqa"), ("winogrande", "allenai/winogrande")):
+        assert found["tasks"][task]["error"].startswith(f"task_data: found none, nor the data set {repo}"), found
+        assert "set task_data to a folder of local files, HF_ENDPOINT" in found["tasks"][task]["error"]
