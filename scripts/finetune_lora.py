@@ -153,11 +153,8 @@ def run(argv: list[str]) -> int:
         console = Console(enabled=world.is_main)
         introduce(flags, config, world.size, console)
         if is_pickle(flags.pruned_model):
-            from lora_dist.engine.convert import converted
-
-            folder = world.on_main(lambda: converted(flags.pruned_model, trust_pickle=flags.trust_pickle == "true"))
-            console.note(f"the pickled model was converted to {folder}")
-            config.model.name_or_path = str(folder)
+            config.model.name_or_path = str(world.on_main(lambda: convert(flags, config)))
+            console.note(f"training on the directory it was converted to: {config.model.name_or_path}")
         elif not Path(flags.pruned_model).is_absolute() and not Path(flags.pruned_model).exists():
             console.note(f"{flags.pruned_model} is no directory here: taken as a name on the hub")
         else:
@@ -170,6 +167,24 @@ def run(argv: list[str]) -> int:
             return code
         console.open_log(Path(config.train.output_dir, "train.log"))
         return finish(flags, config, world, console)
+
+
+def convert(flags: argparse.Namespace, config: RunConfig) -> Path:
+    """The directory of a pickled model, beside it where that place can be written, made once. Rank 0 only.
+
+    Raises:
+        UserError: no such file; a pickle with classes that are not known to be harmless.
+    """
+    from lora_dist.engine.convert import converted
+
+    if not Path(flags.pruned_model).is_file():
+        raise UserError(f"pruned_model: found no file {flags.pruned_model}, expected a pickled model or the directory of one")
+    return converted(
+        flags.pruned_model,
+        fallback=f"{config.train.output_dir}_base",
+        trust_pickle=flags.trust_pickle == "true",
+        config_name=config.model.config_name,
+    )
 
 
 def introduce(flags: argparse.Namespace, config: RunConfig, processes: int, console: Console) -> None:

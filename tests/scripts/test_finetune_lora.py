@@ -333,6 +333,50 @@ assert not any(name.startswith("lora_dist") for name in sys.modules)
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), merged, atol=1e-5)
 
 
+class Harmful:
+    """Writes a file when it is opened."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return (Path.write_text, (self.file, "ran"))
+
+
+def test_a_structured_pickle_goes_all_the_way_and_a_harmful_one_nowhere(workplace, tmp_path, capsys, monkeypatch):
+    """Layers of different widths: converted, tuned, merged, pickled, reloaded."""
+    pickle = tmp_path / "HGSP" / "pruned_model.bin"
+    prune = ["--kv_heads", "1,2", "--neurons", "24,40"]
+    script = str(ROOT / "scripts" / "prune_structured.py")
+    done = subprocess.run([sys.executable, script, str(workplace / "dense"), str(pickle), *prune], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    options = ["--pruned_model", str(pickle), *common(workplace), "--skip_evaluation", "--num_epochs", "1"]
+    assert run_reporting("finetune_lora.py", lambda: finetune_lora.run(options)) == 0
+    out = tmp_path / "results" / "HGSP_finetuned"
+    assert (tmp_path / "HGSP" / "pruned_model" / "convert.json").is_file()
+    assert "bit for bit" in capsys.readouterr().out and losses(out)[5] < losses(out)[1]
+    tuned, merged = (
+        torch.load(out / "pruned_model.bin", weights_only=False)["model"],
+        load_base(str(out / "pruned_model"), progress=False),
+    )
+    assert torch.equal(logits(tuned), logits(merged.model))
+    assert [layer.self_attn.k_proj.weight.shape[0] for layer in tuned.model.layers] == [8, 16]
+    before = load_base(str(tmp_path / "HGSP" / "pruned_model"), progress=False).model
+    assert not torch.allclose(logits(before), logits(tuned), atol=1e-2)
+    harmful = tmp_path / "harmful.bin"
+    torch.save({"model": Harmful(tmp_path / "ran"), "tokenizer": None}, harmful)
+    refused = ["--pruned_model", str(harmful), *common(workplace)]
+    assert run_reporting("finetune_lora.py", lambda: finetune_lora.run(refused)) == 2
+    assert not (tmp_path / "ran").exists() and "pathlib." in capsys.readouterr().err
+    assert (
+        run_reporting("finetune_lora.py", lambda: finetune_lora.run([*refused, "--trust_pickle"])) == 2
+    )  # there is no model in it
+    assert (tmp_path / "ran").exists() and "--trust_pickle opens it" not in capsys.readouterr().err
+    assert run_reporting("finetune_lora.py", lambda: finetune_lora.run(["--pruned_model", "no.bin", *common(workplace)])) == 2
+    assert "pruned_model: found no file no.bin" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code,state", [(75, "stopped"), (0, "stopped"), (1, "failed")])
 def test_a_run_that_did_not_end_hands_its_code_on_and_nothing_more_happens(code, state, workplace, tmp_path, monkeypatch):
     out = tmp_path / "out"
