@@ -30,7 +30,7 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^Installing collected/ { print "  unpacking" } \
 	/^ERROR|^error/ { print } { fflush() }'
 
-.PHONY: help venv demo test test-long test-cluster matrix fuzz lint format bench measure-stories measure-wikitext measure-memory hooks clean
+.PHONY: help venv demo test test-long test-cluster matrix fuzz lint format bench measure-stories measure-wikitext measure-evaluation measure-memory hooks clean
 .PHONY: train train-torchrun train-deepspeed train-fsdp train-accelerate resume eval merge
 
 help:  ## show this list
@@ -141,6 +141,9 @@ measure-stories: $(STAMP)  ## the README's table on stories260K (LORA_DIST_DATA 
 
 measure-wikitext: $(STAMP)  ## the README's table on wikitext2-llama (LORA_DIST_DATA names the data; about 30 minutes)
 	@$(BIN)/python scripts/measure.py wikitext $(ARGS)
+
+measure-evaluation: $(STAMP)  ## the README's table of whole evaluations of stories260K (LORA_DIST_DATA names the data; about 15 minutes)
+	@$(BIN)/python scripts/measure_evaluation.py $(ARGS)
 
 measure-memory: $(STAMP)  ## the README's table of memory by strategy, on a base of 1.1e9 parameters (15 GiB free; about 30 minutes)
 	@$(BIN)/python scripts/measure_memory.py $(ARGS)

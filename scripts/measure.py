@@ -52,8 +52,9 @@ class Subject:
     """train through scripts/run_lora_finetune_block.sh instead of lora-dist train"""
 
 
-def subjects(data: Path) -> dict[str, Subject]:
-    stories = f"{data}/tinystories/tinystories_10k.txt,{data}/tinystories/tinystories_sample.txt"
+def subjects(data: Path, training: tuple[str, ...] = ("tinystories_10k.txt", "tinystories_sample.txt")) -> dict[str, Subject]:
+    """What is measured, by name. `training`: the files that stories260K is pruned by and trained on."""
+    stories = ",".join(f"{data}/tinystories/{name}" for name in training)
     separator = ("--document_separator=<|endoftext|>", "--special_tokens=bos")
     return {
         "stories": Subject(
@@ -196,20 +197,25 @@ def measure(m: Measurement) -> list[tuple[str, list[str]]]:
     return rows
 
 
+def data_folder(name: str) -> Path:
+    """The folder of real models and texts; ends the script called `name` with exit code 2 where there is none."""
+    folder = Path(os.environ.get("LORA_DIST_DATA", ROOT.parent / "shared" / "data")).resolve()
+    if not folder.is_dir():
+        print(
+            f"{name}: found no folder {folder}, expected the real data; set LORA_DIST_DATA (README names its sources)",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+    return folder
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subject", choices=["stories", "wikitext"])
     parser.add_argument("--out", type=Path, help="folder to work in (default out/measure-SUBJECT)")
     parser.add_argument("--quick", action="store_true", help="2 training steps, to see that everything works")
     args = parser.parse_args()
-    folder = Path(os.environ.get("LORA_DIST_DATA", ROOT.parent / "shared" / "data")).resolve()
-    if not folder.is_dir():
-        print(
-            f"measure: found no folder {folder}, expected the real data; set LORA_DIST_DATA (README names its sources)",
-            file=sys.stderr,
-        )
-        return 2
-    subject = subjects(folder)[args.subject]
+    subject = subjects(data_folder("measure"))[args.subject]
     out = (args.out or ROOT / "out" / f"measure-{args.subject}{'-quick' if args.quick else ''}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     config = ROOT / "configs" / ("stories260k.yaml" if args.subject == "stories" else "wikitext2_llama.yaml")
