@@ -14,7 +14,7 @@ from lora_dist.process import end_with_parent
 VERBS = {
     "prune": "zero the least important tiles of a model",
     "train": "train a LoRA that keeps the pruned tiles zero; resume, evaluate, save",
-    "eval": "loss and perplexity of a model, with or without an adapter",
+    "eval": "perplexity, zero-shot accuracy, speed and memory of a model or several, with or without adapters",
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
     "convert": "turn a pickled model into a directory, without running what is in it",
     "generate": "continue a prompt",

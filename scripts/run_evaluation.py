@@ -23,7 +23,7 @@ def to_options(argv: list[str]) -> list[str]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model_path", required=True, help="model directory, or the output folder of finetune_lora.py")
+    parser.add_argument("--model_path", required=True, help="model directory, pickle, or the output folder of finetune_lora.py")
     parser.add_argument("--metrics", default="all", help="all, or some of ppl,zeroshot,speed,memory (default all)")
     parser.add_argument("--output", help="JSON file for the figures; a Markdown table is written beside it")
     parser.add_argument("--wikitext2", metavar="FILE", help="local text of WikiText-2's test split (default: the hub)")
@@ -37,12 +37,10 @@ def to_options(argv: list[str]) -> list[str]:
 
 
 def run(argv: list[str]) -> int:
-    """Check all options together, find the model, evaluate."""
-    args = parse(EvalArgs, to_options(argv), Verb("run_evaluation.py", EvalArgs.__doc__ or "", positionals=("model",)))
-    from lora_dist.engine.model_path import model_directory
-
-    args.model = model_directory(args.model)
-    return eval_verb.run(args)
+    """Check all options together, and evaluate."""
+    return eval_verb.run(
+        parse(EvalArgs, to_options(argv), Verb("run_evaluation.py", EvalArgs.__doc__ or "", positionals=("model",)))
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ _COUNTS = (
     "block_size", "max_samples", "batch_size", "holdout_windows", "stride", "limit", "num_fewshot", "max_new_tokens", "prompt_tokens",
     "generation_batch_size", "repetitions",
 )  # fmt: skip
-_REPORT_ONLY = ("stride", "average", "tasks", "task_data", "limit", "num_fewshot", "output_markdown")
+_REPORT_ONLY = ("stride", "average", "tasks", "task_data", "limit", "num_fewshot", "output_markdown", "trust_pickle")
 
 
 @dataclass
@@ -96,6 +96,8 @@ class EvalArgs:
     """Under torchrun: ddp holds the whole model on every process, fsdp2 a part of it."""
     trust_remote_code: bool = False
     """Run model code that comes with the model."""
+    trust_pickle: bool = False
+    """In a report: open a pickled model that names classes outside of the allow-list; code in it runs."""
 
     @property
     def makes_report(self) -> bool:

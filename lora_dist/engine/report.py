@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lora_dist.arguments import EvalArgs
 from lora_dist.data.tokenise import tokenizer_digest
 from lora_dist.engine.evaluate import KEYS, context_of, dtype_of, open_for_evaluation
 from lora_dist.engine.measures import Measures
+from lora_dist.engine.model_path import model_directory
 from lora_dist.evaluation.footprint import held_bytes
 from lora_dist.evaluation.table import add_recovery, conditions, errors, finite, markdown_table
 from lora_dist.evaluation.together import say
@@ -96,13 +98,14 @@ def _row(
     before = held_bytes()
     try:
         with _own_names():
-            opened = open_for_evaluation(args, model, adapter, world)
+            folder = world.on_main(partial(_directory, args, model))
+            opened = open_for_evaluation(args, folder, adapter, world)
             context = context_of(args, opened)
     except Exception as error:
         if alone:
             raise
         return {**report, "error": say(error)}
-    report["how"] = _how(args, opened, world)
+    report["how"] = {"directory": folder, **_how(args, opened, world)}
     measures = Measures(args, opened, context, world, before, _bars(console))
     steps: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "memory": ("memory", measures.memory),  # first: texts and questions that are kept would count
@@ -118,6 +121,12 @@ def _row(
             except Exception as error:  # the figures of the others must not be lost; the report and the exit code tell
                 report[key] = {"error": say(error)}
     return report
+
+
+def _directory(args: EvalArgs, model: str) -> str:
+    """Where the model lies; a pickle is converted there first."""
+    beside = Path(args.output).expanduser().absolute().parent / f"{Path(model).stem}_converted" if args.output else None
+    return model_directory(model, trust_pickle=args.trust_pickle, config_name=args.config_name, fallback=beside)
 
 
 @contextmanager

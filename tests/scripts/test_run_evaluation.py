@@ -14,6 +14,7 @@ from lora_dist.cli.options import Verb, parse
 from lora_dist.engine.model_path import model_directory
 from lora_dist.log import UserError
 from tests.evaluation.conftest import write_questions
+from tests.models.pickles import Evil
 from tests.runs import ROOT, environment
 
 TASKS = ["boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
@@ -60,7 +61,7 @@ def test_the_whole_of_it(tiny_base, tiny_text, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(output.read_text())
-    assert report["model"] == str(tmp_path / "run" / "pruned_model")
+    assert (report["model"], report["how"]["directory"]) == (str(tmp_path / "run"), str(tmp_path / "run" / "pruned_model"))
     assert [report["perplexity"][text]["perplexity"] > 1 for text in ("wikitext2", "ptb")] == [True, True]
     assert report["perplexity"]["ptb"]["joiner"] == " " and report["perplexity"]["wikitext2"]["joiner"] == "\n\n"
     assert list(report["zeroshot"]["tasks"]) == TASKS
@@ -89,10 +90,34 @@ def test_what_a_model_path_means(tiny_base, tmp_path):
     assert model_directory(str(run)) == str(run / "pruned_model")
     (run / "pruned_model" / "model.safetensors").unlink()
     (run / "pruned_model.bin").write_text("")
-    with pytest.raises(UserError, match=r"holds no model, .* make one of pruned_model.bin with lora-dist convert"):
+    with pytest.raises(UserError, match=r"holds no model, .* name the pickle, .*pruned_model.bin"):
         model_directory(str(run))
-    with pytest.raises(UserError, match="is a file, expected a model directory"):
-        model_directory(str(run / "pruned_model.bin"))
     (run / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="is an adapter"):
         model_directory(str(run))
+
+
+def test_a_pickle_is_converted_and_evaluated(tiny_base, tiny_text, tmp_path, capsys):
+    from lora_dist.models.legacy import save_pickled
+    from lora_dist.models.loading import load_base
+
+    base = load_base(str(tiny_base))
+    save_pickled(base.model, base.tokenizer, tmp_path / "pruned_model.bin")
+    flags = ["--metrics=ppl", f"--wikitext2={tiny_text}", f"--ptb={tiny_text}", "--max_samples=4", "--device=cpu"]
+    outputs = [tmp_path / "pickle.json", tmp_path / "directory.json"]
+    for path, output in zip((tmp_path / "pruned_model.bin", tiny_base), outputs, strict=True):
+        assert run_evaluation.run(["--model_path", str(path), f"--output={output}", *flags]) == 0
+    pickle, directory = (json.loads(output.read_text()) for output in outputs)
+    assert pickle["how"]["directory"] == str(tmp_path / "pruned_model")
+    assert pickle["perplexity"]["ptb"]["loss"] == directory["perplexity"]["ptb"]["loss"]
+    assert pickle["how"]["fingerprint"] == directory["how"]["fingerprint"]
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    import torch
+
+    marker = tmp_path / "ran"
+    torch.save({"model": Evil(marker), "tokenizer": None}, tmp_path / "bad.bin")
+    with pytest.raises(UserError, match="system"):
+        run_evaluation.run(["--model_path", str(tmp_path / "bad.bin"), "--metrics=memory", "--device=cpu"])
+    assert not marker.exists()
