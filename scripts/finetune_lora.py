@@ -166,7 +166,10 @@ def run(argv: list[str]) -> int:
         if code != 0 or not world.broadcast(completed(Path(config.train.output_dir))):
             return code
         console.open_log(Path(config.train.output_dir, "train.log"))
-        return finish(flags, config, world, console)
+        try:
+            return finish(flags, config, world, console)
+        finally:
+            console.close()
 
 
 def convert(flags: argparse.Namespace, config: RunConfig) -> Path:

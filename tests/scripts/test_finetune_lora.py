@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import finetune_lora
+import prune_structured
 import pytest
 import torch
 from make_instructions import main as make_instructions
@@ -347,9 +348,7 @@ def test_a_structured_pickle_goes_all_the_way_and_a_harmful_one_nowhere(workplac
     """Layers of different widths: converted, tuned, merged, pickled, reloaded."""
     pickle = tmp_path / "HGSP" / "pruned_model.bin"
     prune = ["--kv_heads", "1,2", "--neurons", "24,40"]
-    script = str(ROOT / "scripts" / "prune_structured.py")
-    done = subprocess.run([sys.executable, script, str(workplace / "dense"), str(pickle), *prune], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert prune_structured.main([str(workplace / "dense"), str(pickle), *prune]) == 0
     monkeypatch.chdir(tmp_path)
     options = ["--pruned_model", str(pickle), *common(workplace), "--skip_evaluation", "--num_epochs", "1"]
     assert run_reporting("finetune_lora.py", lambda: finetune_lora.run(options)) == 0
