@@ -276,11 +276,11 @@ def evaluation_options(flags: argparse.Namespace, out: Path, sharded: bool, conf
 
 def evaluate(options: list[str], world: World, console: Console) -> list[str]:
     """Collective: what could not be measured, and why; empty where all went well."""
-    from lora_dist.engine.report import evaluate_models
-
     console.line()
     console.line("***** Evaluating the fine-tuned model *****")
     try:
+        from lora_dist.engine.report import evaluate_models
+
         args = parse(EvalArgs, run_evaluation.to_options(options), Verb("run_evaluation.py", "", positionals=("model",)))
         return evaluate_models(args, world, console).failed
     except Exception as error:  # whatever it is, the model is there, and how to go on is said
