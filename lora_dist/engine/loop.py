@@ -63,8 +63,7 @@ class Loop:
         self._time_before_s = parts.state.train_time_s
         self._step_times_s: list[float] = []
         self._since_log_tokens = 0
-        self._since_log_padding = 0.0
-        self._since_log_computed = 0.0
+        self._since_log_padding, self._since_log_computed = 0.0, 0.0
         self._since_log_s = 0.0
         self._told_time_to_stop = False
 
@@ -148,15 +147,8 @@ class Loop:
             Stopped: on every process, if any of them was asked.
         """
         self.watch.mark("agreeing to go on", self.state.step + 1)
-        tokens, held, computed, news, *asked = self.parts.world.sum(
-            [
-                float(batch.label_tokens),
-                float(batch.tokens),
-                float(batch.computed_tokens),
-                float(self.saver.news),
-                *self.stop.flags(self._needed_s()),
-            ]
-        )
+        counts = (batch.label_tokens, batch.tokens, batch.computed_tokens, self.saver.news)
+        tokens, held, computed, news, *asked = self.parts.world.sum([*map(float, counts), *self.stop.flags(self._needed_s())])
         self._since_log_padding += computed - held
         self._since_log_computed += computed
         if news:
