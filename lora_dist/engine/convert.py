@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from lora_dist.arguments import ConvertArgs
 from lora_dist.engine.merge import MAX_LOGITS_ERROR, probe_logits, probe_tokens, relative_difference
 from lora_dist.engine.pattern import base_pattern
-from lora_dist.log import GuardError, UserError, logger
+from lora_dist.log import GuardError, UserError
 from lora_dist.models.export import check_output, model_bytes, save_model
 from lora_dist.models.hub import resolve
 from lora_dist.models.legacy import globals_of, read_inert, read_trusted
@@ -31,6 +31,9 @@ from lora_dist.models.pickled_tokenizer import rebuild_tokenizer
 from lora_dist.models.sources import open_shard, weight_files
 
 REPORT_FILE = "convert.json"
+SAMPLE = "The 3 birds, über 12.5 km:\n\tif (x != y): naïve 'words' 東京 🐦 don't."
+ROUNDED = 2**-7
+"""relative: more than bfloat16 rounds by"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class ConvertReport:
     """largest |directory - pickled module| logit over the largest; None where the module cannot run"""
     cannot_run: str
     """why"""
+    other_tokens: str
+    """what AutoTokenizer makes of the written tokenizer, where that is not the same; transformers overrules some directories' choice"""
 
 
 def convert(args: ConvertArgs) -> ConvertReport:
@@ -91,6 +96,7 @@ def convert(args: ConvertArgs) -> ConvertReport:
             tensors=compared,
             logits_error=error,
             cannot_run=cannot_run,
+            other_tokens=_compare_tokens(tokenizer, staging),
         )
         report.append(done)
         return {REPORT_FILE: _record(path, args, done)}
@@ -161,7 +167,7 @@ def _require_same(path: Path, folder: Path, trust_pickle: bool) -> None:
 
 def _read(path: Path, trust_pickle: bool) -> Pickled:
     if trust_pickle:
-        logger.warning("%s: --trust_pickle: opening it runs whatever code it holds", path)
+        print(f"⚠️  --trust_pickle: opening {path} runs whatever code it holds")
     try:
         return understand(read_trusted(path) if trust_pickle else read_inert(path), path)
     except RecursionError as error:
@@ -229,7 +235,7 @@ def _compare_logits(found: Pickled, config: Any, folder: Path) -> tuple[float | 
     after = load_base(str(folder), progress=False).model
     ids_BL = probe_tokens(after, torch.device("cpu"))
     try:
-        before = _runnable(found, config, after.config._attn_implementation)
+        before = _runnable(found, config, after)
         logits = probe_logits(before, ids_BL)
     except CannotRun as reason:
         return None, str(reason)
@@ -243,10 +249,28 @@ def _compare_logits(found: Pickled, config: Any, folder: Path) -> tuple[float | 
     return difference, ""
 
 
-def _runnable(found: Pickled, config: Any, attn_implementation: str) -> nn.Module:
+def _compare_tokens(tokenizer: Any, folder: Path) -> str:
+    """The class that reads the written tokenizer with other results than it had, empty if there is none."""
+    read = load_tokenizer(folder, str(folder))
+    same = read(SAMPLE).input_ids == tokenizer(SAMPLE).input_ids and len(read) == len(tokenizer)
+    return "" if same else type(read).__name__
+
+
+def _runnable(found: Pickled, config: Any, after: Any) -> nn.Module:
+    """The pickled module. Computed buffers (rotary frequencies) that a cast to half precision rounded along with the weights are
+    taken from `after`: transformers keeps them in float32, and what the rounding did is no part of the model."""
     if isinstance(found.module, nn.Module):  # opened with --trust_pickle
         return found.module.eval()
-    return revive(found, config, attn_implementation)
+    before = revive(found, config, after.config._attn_implementation)
+    exact = dict(after.named_buffers())
+    for name, buffer in before.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        whole = exact.get(name)
+        if whole is None or whole.dtype != torch.float32 or buffer.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        if whole.shape == buffer.shape and torch.allclose(buffer.float(), whole, rtol=ROUNDED, atol=1e-7):
+            before.get_submodule(path)._buffers[leaf] = whole
+    return before
 
 
 def _sha256(path: Path) -> str:
@@ -272,6 +296,7 @@ def _record(path: Path, args: ConvertArgs, report: ConvertReport) -> str:
             "tensors_equal": report.tensors,
             "logits_error": report.logits_error,
             "module_cannot_run": report.cannot_run or None,
+            "tokens_equal": not report.other_tokens,
         },
         "versions": {name: version(name) for name in ("lora_dist", "torch", "transformers")},
     }
@@ -287,4 +312,9 @@ def _say(report: ConvertReport) -> None:
         print(f"⚠️  The pickled module itself cannot run ({report.cannot_run}), so logits were not compared")
     else:
         print(f"✅ Logits, directory against pickled module: largest difference {report.logits_error:.1e} of the largest logit")
+    if report.other_tokens:
+        print(
+            f"⚠️  AutoTokenizer reads the tokenizer in {report.out} as {report.other_tokens}, which gives other tokens than the pickled "
+            "one: compare with the tokenizer of the model it was made from (--tokenizer DIR)"
+        )
     print(f"Model saved in {report.out}")

@@ -15,6 +15,7 @@ from lora_dist.engine.pattern import base_pattern, zero_share
 from lora_dist.log import UserError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.loading import load_base
+from lora_dist.models.uneven import recorded_widths
 
 OTHER_BLOCKS = (4, 8, 16, 32, 64)
 MIN_EXPLAINED = 0.99
@@ -84,11 +85,16 @@ def _model(name: str, block: int) -> Inspection:
         f"{type(base.model).__name__}, {sum(p.numel() for p in base.model.parameters()):,} parameters, fingerprint {base.fingerprint[:12]}",
         f"{len(linears)} linears in the decoder layers, {zero_share(linears):.2%} of their weights are zero",
     ]
+    widths = recorded_widths(base.model.config)
+    if widths is not None:
+        found.facts.append(f"layers of uneven widths: {widths}")
     bad = [n for n, p in base.model.named_parameters() if not bool(torch.isfinite(p).all())]
     if bad:
         found.findings.append(f"{len(bad)} parameters hold NaN or infinity, first {bad[0]}")
     if pattern_found.source == "stored":
         found.findings += _stored_against_weights(linears, pattern)
+    elif widths is not None and pattern_found.zero_share == 0:
+        pass  # pruned, by taking heads and neurons out
     elif pattern is None or pattern.kind == "element":
         found.findings += _other_blocks(linears, block, pattern_found.zero_share)
     else:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 _TORCH = re.compile(r"(torch\.nn\.modules\.[a-z_]+)\.([A-Z]\w*)")
 _DECODER = re.compile(r"(transformers\.models\.(\w+)\.modeling_\2)\.([A-Z]\w*)")
 _CONFIG = re.compile(r"(transformers\.models\.(\w+)\.configuration_\2)\.([A-Z]\w*Config)")
-_TOKENIZER = re.compile(r"transformers\.models\.\w+\.tokenization_\w+\.[A-Z]\w*Tokenizer(Fast)?")
+_TOKENIZER = re.compile(r"transformers\.models\.(?!auto\.)(\w+)\.tokenization_\1(_fast)?\.[A-Z]\w*Tokenizer(Fast)?")
 _ACTIVATION = re.compile(r"(transformers\.activations)\.([A-Z]\w*)")
 _LISTED = {
     "transformers.generation.configuration_utils.GenerationConfig",

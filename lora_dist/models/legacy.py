@@ -193,7 +193,8 @@ def save_pickled(model: nn.Module, tokenizer: Any, path: str | Path) -> Path:
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         raise UserError(f"{out}: cannot be written ({error}); free space or choose another place") from error
     finally:
-        staged.unlink(missing_ok=True)
+        if staged.is_file():
+            staged.unlink()
     return out
 
 

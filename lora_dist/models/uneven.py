@@ -60,6 +60,12 @@ class LayerWidths:
         )
 
 
+def recorded_widths(config: Any) -> LayerWidths | None:
+    """What `set_widths` put under `layer_widths`, None if nothing."""
+    record = getattr(config, CONFIG_KEY, None)
+    return None if record is None else LayerWidths(**{key: tuple(value) for key, value in record.items()})
+
+
 class NotStructured(Exception):
     """The shapes are not those of structured pruning; the text says why, for the end of another message."""
 
