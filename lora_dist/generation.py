@@ -137,6 +137,8 @@ def _options(sampling: SamplingArgs, tokenizer: PreTrainedTokenizerBase) -> dict
     options = {name: value for name, value in vars(sampling).items() if name in SamplingArgs.__dataclass_fields__}
     del options["seed"]
     stops = options.pop("stop_strings")
+    if not sampling.do_sample:
+        del options["min_p"]  # transformers warns of any value, its own default being none
     return options | ({"stop_strings": stops, "tokenizer": tokenizer} if stops else {})
 
 

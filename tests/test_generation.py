@@ -118,6 +118,15 @@ def test_every_option_does_what_transformers_does_with_it(options, llama, tokeni
     assert texts(llama, tokenizer, ["The river"], SamplingArgs(max_new_tokens=24, seed=3, **options)) == [expected]
 
 
+@pytest.mark.parametrize("sampling", [SamplingArgs(max_new_tokens=2), SamplingArgs(max_new_tokens=2, do_sample=True, top_p=0.9)])
+def test_transformers_has_nothing_to_object(sampling, llama, tokenizer, caplog):
+    from transformers.utils import logging
+
+    logging.warning_once.cache_clear()  # it tells things once
+    generate(llama, tokenizer, ["a", "abc"], sampling, batch_size=2)
+    assert not caplog.records
+
+
 def test_a_generation_config_beside_the_model_does_not_decide_unseen(llama, tokenizer):
     model = tiny_model("llama", vocab_size=len(tokenizer))
     model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0, top_k=3)
