@@ -37,7 +37,8 @@ def compare(data: Path, out: Path, extra: list[str], limit: int) -> None:
     m.command(
         "eval", "--compare", ",".join(f"{name}={where}" for name, where in rows.items()), "--metrics=all",
         f"--texts=wikitext2={data}/wikitext-2/test.txt,tinystories={data}/tinystories/tinystories_10k.txt",
-        "--document_separator=<|endoftext|>", f"--task_data={data}/multiple-choice", f"--limit={limit}", "--batch_size=32", f"--output={out}/evaluation.json",
+        "--document_separator=<|endoftext|>", f"--task_data={data}/multiple-choice", f"--limit={limit}", "--batch_size=32",
+        f"--output={out}/evaluation.json",
         *(["--max_samples=20"] if limit < LIMIT else []),
     )  # fmt: skip
 
