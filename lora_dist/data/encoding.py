@@ -147,7 +147,11 @@ def make_encoder(
                 f"data.format: found chat, but the tokenizer of {name} has no chat template, expected one (chat_template.jinja beside "
                 "the tokenizer), a model tuned for chats, or records and data.format of alpaca or prompt_completion"
             )
-        eos = None  # the template has them all
+        eos = None
+        if special_tokens != "auto":
+            problems.append(
+                f"data.special_tokens: found {special_tokens} with data.format chat, expected auto: the chat template has them all"
+            )
     else:
         prefix, suffix = special_ids(tokenizer, special_tokens)
         eos = tokenizer.eos_token_id if add_eos_token else None

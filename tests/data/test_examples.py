@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_dist.data.encoding import encode_batch, make_encoder
 from lora_dist.data.examples import Examples, ExampleSplits, format_of, load_examples
@@ -141,6 +141,21 @@ def test_a_prompt_leaves_room_for_one_token_of_the_answer(load: Callable[..., Ex
         load(RECORDS[:1], max_length=prompt, train_on_inputs=True)
 
 
+@pytest.mark.parametrize("name", ["stories260K", "wikitext2-llama"])
+def test_real_tokenizers(load: Callable[..., ExampleSplits], real_data: Path, name: str):
+    """Byte-level BPE, and Llama's with bytes for what it does not know: every character of an answer is learnt, none of the prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(real_data / name)
+    examples = load(RECORDS, tokenizer=tokenizer).splits["train"]
+    for i, record in enumerate(RECORDS):
+        ids, labels = examples[i]
+        text = ALPACA.prompt(record["instruction"], record.get("input")) + record["output"]
+        assert ids.tolist() == [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        first = int((labels != -100).int().argmax())
+        assert tokenizer.decode(ids[first:-1]).strip() == record["output"].strip()
+        assert tokenizer.decode(ids[:first], skip_special_tokens=True).strip().endswith("### Response:")
+        assert torch.equal(ids[first:], labels[first:])
+
+
 # Chats
 
 
@@ -179,6 +194,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_does(load: C
 def test_tokenizers_that_cannot(load: Callable[..., ExampleSplits], tokenizer: PreTrainedTokenizerBase, monkeypatch):
     with pytest.raises(UserError, match=r"data\.format: found chat, but the tokenizer of .* has no chat template"):
         load([{"messages": CHAT}], "chat")
+    with pytest.raises(UserError, match=r"data\.special_tokens: found bos with data\.format chat, expected auto"):
+        load([{"messages": CHAT}], "chat", tokenizer=chat_tokenizer(CHATML), special_tokens="bos")
     with pytest.raises(UserError, match=r"data\.add_eos_token: found true"):
         load(RECORDS, tokenizer=build_tokenizer(eos=False))
     slow = build_tokenizer()

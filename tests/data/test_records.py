@@ -11,6 +11,7 @@ import datasets
 import pytest
 
 from lora_dist.data.files import files_split
+from lora_dist.data.hub import HubSplit
 from lora_dist.data.records import (
     BadRecordError,
     columns_of,
@@ -61,6 +62,14 @@ def test_parquet_keeps_chats(tmp_path: Path):
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
     assert read(tmp_path / "a.parquet", tmp_path) == rows
     assert columns_of(files_split(str(tmp_path / "a.parquet"), "text", "x")) == {"messages"}
+
+
+def test_hub_rows_are_read_as_they_are(tmp_path: Path):
+    rows = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "input": None, "output": None}]
+    loaded = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    split = HubSplit("train", "text", ("repo", "revision", "{}", "train"), lambda: loaded)
+    assert columns_of(split) == {"instruction", "input", "output"}
+    assert [record for table in record_tables(split, tmp_path) for record in unpacked(table[:])] == rows
 
 
 @pytest.mark.parametrize(
