@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import prune_structured
 import pytest
 import torch
 from torch import Tensor
@@ -22,24 +21,16 @@ from lora_dist.log import GuardError, UserError
 from lora_dist.models.legacy import save_pickled
 from lora_dist.models.loading import load_base
 from tests.models.pickles import Evil, old_llama
-from tests.runs import ROOT, options, run
+from tests.runs import options, run
 from tests.tiny import tiny_model, tiny_tokenizer, tiny_windows
 
 HEADS, NEURONS = "1,2", "17,33"
 
 
-def _pruner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prune_structured", ROOT / "scripts" / "prune_structured.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def structured(kind: str = "llama", **changes: Any) -> PreTrainedModel:
     """A tiny model with layers of different widths."""
     model = tiny_model(kind, **changes)
-    _pruner().prune(model, kv_heads=HEADS, neurons=NEURONS)
+    prune_structured.prune(model, kv_heads=HEADS, neurons=NEURONS)
     return model
 
 
@@ -88,7 +79,7 @@ def test_a_structured_model_computes_the_same_after_conversion(
 
 def test_widths_that_all_layers_share_need_only_config_json(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.bfloat16)
-    _pruner().prune(model, kv_heads="1,1", neurons="24,24")
+    prune_structured.prune(model, kv_heads="1,1", neurons="24,24")
     report = _convert(save_pickled(model, tiny_tokenizer(), tmp_path / "m.bin"), tmp_path / "out")
     assert report.logits_error == 0  # although the cast rounded the pickled module's rotary frequencies
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
