@@ -1,4 +1,4 @@
-"""How many windows an optimizer step takes, and how this number of processes shares them: decided once, at the start of a run.
+"""How many samples an optimizer step takes, and how this number of processes shares them: decided once, at the start of a run.
 
     rounds      = ceil(global / (micro-batch * processes))      micro-batches that each process sums into a step
     micro-batch = ceil(global / (rounds * processes))           never above the configured one, and smaller where that leaves fewer fillers
@@ -20,7 +20,7 @@ class BatchPlan:
     """The numbers in force. `notes` are for the console: what differs from the configuration or from the checkpoint."""
 
     global_batch: int
-    """windows an optimizer step takes, over all processes"""
+    """samples (windows, examples, packed rows) an optimizer step takes, over all processes"""
     micro_batch: int
     """rows that a process holds at once"""
     accumulation: int
@@ -44,7 +44,7 @@ def plan_batch(*, micro_batch: int, accumulation: int, world: int, wanted: int |
         before: state of the checkpoint that the run goes on from.
 
     Raises:
-        UserError: fewer windows in a step than processes.
+        UserError: fewer samples in a step than processes.
     """
     product = micro_batch * accumulation * world
     then = before.global_batch if before is not None and before.global_batch > 0 else None
@@ -62,10 +62,10 @@ def plan_batch(*, micro_batch: int, accumulation: int, world: int, wanted: int |
             if wanted is not None
             else "micro-batch or accumulation is another (train.global_batch_size would keep it)"
         )
-        notes.append(f"a step of the checkpoint had {then} windows, a step has {total} from now on: {reason}")
+        notes.append(f"a step of the checkpoint had {then} samples, a step has {total} from now on: {reason}")
     if total < world:
         raise UserError(
-            f"train.global_batch_size: found {total} windows a step for {world} processes, expected one a process or more: "
+            f"train.global_batch_size: found {total} samples a step for {world} processes, expected one a process or more: "
             f"start {total} processes at most, or set train.global_batch_size to {world} or more"
         )
     if total == product:
@@ -83,11 +83,11 @@ def _adapted(total: int, world: int, accumulation: tuple[int, int], micro_batch:
         for key, (before, now) in (("gradient_accumulation_steps", accumulation), ("per_device_train_batch_size", micro_batch))
         if before != now
     ]
-    lines = [f"{', '.join(changed)} on {_processes(world)}, so that a step has {total} windows"] if changed else []
+    lines = [f"{', '.join(changed)} on {_processes(world)}, so that a step has {total} samples"] if changed else []
     computed = accumulation[1] * micro_batch[1] * world
     if computed > total:
         lines.append(
-            f"{(computed - total) / computed:.0%} of the rows that a step computes are fillers: {total} windows make no whole rounds of "
+            f"{(computed - total) / computed:.0%} of the rows that a step computes are fillers: {total} samples make no whole rounds of "
             f"{micro_batch[1]} rows on {_processes(world)}"
         )
     return lines

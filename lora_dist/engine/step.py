@@ -26,7 +26,7 @@ Mark = Callable[[str, int, int], None]
 """told where the process is: phase, step, number of the micro-batch (-1: of none)"""
 
 
-_LISTED = 8  # windows that a message names
+_LISTED = 8  # samples that a message names
 
 
 class NonFiniteError(UserError):
@@ -65,7 +65,7 @@ class Problem:
         if self.kind in ("gradient", "overflow"):
             windows = [n for r in self.ranks for seen in self.seen[r] for n in seen.windows]
             where = (
-                f"rank {', '.join(map(str, self.ranks))}, windows {_listed(windows)}" if self.ranks else "the sum over processes"
+                f"rank {', '.join(map(str, self.ranks))}, samples {_listed(windows)}" if self.ranks else "the sum over processes"
             )
             if self.kind == "overflow":
                 return f"step {self.step}: fp16 still overflows at the smallest loss scale ({where})"
@@ -75,7 +75,7 @@ class Problem:
                 "expected finite ones"
             )
         rank, batch = self.worst()
-        where = f"rank {rank}, micro-batch {batch}, windows {_listed(self.seen[rank][batch].windows)}"
+        where = f"rank {rank}, micro-batch {batch}, samples {_listed(self.seen[rank][batch].windows)}"
         expected = "a finite one" if self.kind == "loss" else "one near those before it"
         return f"step {self.step}: found a loss of {self.value} ({where}), expected {expected}"
 

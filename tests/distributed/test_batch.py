@@ -76,7 +76,7 @@ def test_going_on_with_other_processes_keeps_the_global_batch(strategy, groups, 
         resume = [f"--resume={out}/checkpoint-{SEGMENT * number}"] if number else []
         outputs.append(groups[processes].run(*arguments(out, **saving, **extra), *resume).output)
         assert_equal(uninterrupted, out)
-    assert "gradient_accumulation_steps 2 -> 4 on 1 process, so that a step has 8 windows" in outputs[1]
+    assert "gradient_accumulation_steps 2 -> 4 on 1 process, so that a step has 8 samples" in outputs[1]
     assert "33% of the rows that a step computes are fillers" in outputs[2]
     assert "so that a step has" not in outputs[0] + outputs[3]
     assert all("Total train batch size (w. parallel, distributed & accumulation) = 8" in output for output in outputs)
@@ -97,5 +97,5 @@ def test_global_batch_size_is_exact_where_it_fills_no_whole_rounds(strategy, gro
 
 def test_fewer_windows_than_processes_are_refused(groups, arguments, tmp_path):
     done = groups[3].run(*arguments(tmp_path / "run", global_batch_size=2), code=2)
-    assert all("found 2 windows a step for 3 processes" in rank["error"] for rank in done.ranks)
+    assert all("found 2 samples a step for 3 processes" in rank["error"] for rank in done.ranks)
     assert not (tmp_path / "run").exists()

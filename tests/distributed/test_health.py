@@ -101,7 +101,7 @@ def test_no_more_batches_are_left_out_than_allowed(pair, arguments, tmp_path):
     faults = [{"what": "loss", "rank": 1, "cursors": cursors(2, 3)}]
     limits = {"max_steps": 6, "health__non_finite": "skip", "health__max_skips": 1}
     done = pair.run(*arguments(tmp_path / "run", save_strategy="steps", **limits), faults=faults, code=2)
-    assert "step 3: found a loss of nan (rank 1, micro-batch 0, windows " in done.ranks[0]["error"]
+    assert "step 3: found a loss of nan (rank 1, micro-batch 0, samples " in done.ranks[0]["error"]
     assert "1 batches are left out already (health.max_skips)" in done.ranks[0]["error"]
     assert post_mortem(tmp_path / "run", "step-3.json")["done"] == "stop"
     state = json.loads((tmp_path / "run" / "checkpoint-2" / "state.json").read_text())
@@ -121,7 +121,7 @@ def test_stopping_saves_the_step_before_and_says_what_was_found(pair, arguments,
     found = post_mortem(out, "step-6.json")
     bad = next(each for each in found["micro_batches"] if (each["rank"], each["micro_batch"]) == (1, 1))
     assert error.startswith(
-        f"step 6: found a loss of nan (rank 1, micro-batch 1, windows {bad['windows'][0]}), expected a finite one"
+        f"step 6: found a loss of nan (rank 1, micro-batch 1, samples {bad['windows'][0]}), expected a finite one"
     )
     assert "post-mortem/step-6.json" in error and "health.non_finite" in error
     assert (found["step"], found["cursor"], found["cursor_after"]) == (6, 20, 24)

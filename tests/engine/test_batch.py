@@ -53,7 +53,7 @@ def test_the_micro_batch_shrinks_where_that_leaves_fewer_fillers():
 def test_other_processes_keep_the_checkpoint_s_global_batch():
     plan = decide(4, 4, 1, before=saved(32, 4, 4, 2))
     assert numbers(plan) == (32, 4, 8)
-    assert plan.notes == ("train.gradient_accumulation_steps 4 -> 8 on 1 process, so that a step has 32 windows",)
+    assert plan.notes == ("train.gradient_accumulation_steps 4 -> 8 on 1 process, so that a step has 32 samples",)
     # Resumed there once more, and back on two: still the same.
     assert numbers(decide(4, 4, 1, before=saved(32, 4, 4, 1))) == (32, 4, 8)
     assert decide(4, 4, 2, before=saved(32, 4, 4, 1)) == BatchPlan(32, 4, 4, follows=False)
@@ -66,13 +66,13 @@ def test_an_equal_product_is_no_change():
 def test_a_changed_micro_batch_or_accumulation_is_the_user_s():
     plan = decide(4, 2, 2, before=saved(32, 4, 4, 2))
     assert numbers(plan) == (16, 4, 2)
-    assert "had 32 windows, a step has 16 from now on" in plan.notes[0]
+    assert "had 32 samples, a step has 16 from now on" in plan.notes[0]
 
 
 def test_global_batch_size_rules_over_the_checkpoint():
     plan = decide(4, 4, 2, wanted=64, before=saved(32, 4, 4, 2))
     assert numbers(plan) == (64, 4, 8)
-    assert "had 32 windows, a step has 64 from now on: train.global_batch_size is 64" in plan.notes[0]
+    assert "had 32 samples, a step has 64 from now on: train.global_batch_size is 64" in plan.notes[0]
     assert decide(4, 4, 2, wanted=32, before=saved(32, 4, 4, 2)).notes == ()
 
 
@@ -82,7 +82,7 @@ def test_an_older_checkpoint_says_nothing():
 
 def test_fewer_windows_than_processes_are_refused():
     with pytest.raises(
-        UserError, match=r"train\.global_batch_size: found 2 windows a step for 3 processes, expected one a process"
+        UserError, match=r"train\.global_batch_size: found 2 samples a step for 3 processes, expected one a process"
     ):
         decide(1, 1, 3, before=saved(2, 1, 1, 2))
 

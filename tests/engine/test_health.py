@@ -30,7 +30,7 @@ def health(state: TrainState, **args: Any) -> Health:
 
 
 def test_a_loss_is_described_by_the_micro_batch_that_gave_it():
-    assert LOSS.describe() == "step 12: found a loss of nan (rank 1, micro-batch 1, windows 7, 8), expected a finite one"
+    assert LOSS.describe() == "step 12: found a loss of nan (rank 1, micro-batch 1, samples 7, 8), expected a finite one"
     infinite = replace(LOSS, seen=((GOOD, HIGH), (replace(BAD, loss=math.inf), BAD)))
     assert infinite.worst() == (1, 0)
 
@@ -39,10 +39,10 @@ def test_a_gradient_is_described_by_its_first_parameter_and_whose_it_was():
     names = ("layers.0.a", "layers.0.b")
     known = replace(LOSS, kind="gradient", value=math.inf, parameters=names, ranks=(0,))
     assert known.describe() == (
-        "step 12: found a non-finite gradient in layers.0.a (2 parameters; rank 0, windows 4, 5, 6), expected finite ones"
+        "step 12: found a non-finite gradient in layers.0.a (2 parameters; rank 0, samples 4, 5, 6), expected finite ones"
     )
     many = replace(known, ranks=(0,), seen=((Seen(2.0, 31, tuple(range(20))),), ()))
-    assert "windows 0, 1, 2, 3, 4, 5, 6, 7 and 12 more)" in many.describe()
+    assert "samples 0, 1, 2, 3, 4, 5, 6, 7 and 12 more)" in many.describe()
     assert "(2 parameters; the sum over processes)" in replace(known, ranks=()).describe()
     assert "in their norm (0 parameters" in replace(known, parameters=()).describe()
 
@@ -50,7 +50,7 @@ def test_a_gradient_is_described_by_its_first_parameter_and_whose_it_was():
 def test_a_spike_is_described_by_the_highest_loss():
     spike = replace(LOSS, kind="spike", value=8.5, ranks=(0, 1), seen=((GOOD, HIGH), (GOOD, GOOD)))
     assert spike.describe() == (
-        "step 12: found a loss of 8.5 (rank 0, micro-batch 1, windows 5, 6), expected one near those before it"
+        "step 12: found a loss of 8.5 (rank 0, micro-batch 1, samples 5, 6), expected one near those before it"
     )
 
 
