@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,28 @@ def test_a_validation_file_of_the_same_format(tiny_base, instructions, common, t
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_base), AutoTokenizer.from_pretrained(tiny_base)
     first = records(tmp_path / "out", "eval")[0]["eval_loss"]
     assert first == pytest.approx(transformers_loss(model, tokenizer, file, 48, list(range(8))), abs=1e-5)
+
+
+def test_chats_train_through_the_tokenizers_template(tiny_base, common, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base, base)
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '</s>' }}{% endfor %}"
+    )
+    rows = [
+        {"conversations": [{"from": "human", "value": "ab"}, {"from": "gpt", "value": "cd"}]},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]},
+    ]
+    (tmp_path / "chats.json").write_text(json.dumps(rows))
+    train(base, tmp_path / "chats.json", tmp_path / "out", **common, max_steps=1, eval_strategy="no", save_strategy="no")
+    assert "  - Format: chat (by the columns), loss on the answers\n" in capsys.readouterr().out
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    total, count = 0.0, 0
+    for prompt, answer, rest in [("u:ab</s>", "a:cd</s>", ""), ("u:x</s>", "a:y</s>", "u:z</s>")]:
+        ids = tokenizer(prompt + answer + rest, return_tensors="pt")["input_ids"]
+        labels = ids.clone()
+        start, end = (len(tokenizer(text)["input_ids"]) for text in (prompt, prompt + answer))
+        labels[0, :start], labels[0, end:] = -100, -100
+        total += float(model(input_ids=ids, labels=labels).loss.detach()) * (end - start)
+        count += end - start
+    assert losses(tmp_path / "out")[1] == pytest.approx(total / count, abs=1e-5)
