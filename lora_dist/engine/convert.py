@@ -27,11 +27,10 @@ from lora_dist.models.hub import resolve
 from lora_dist.models.legacy import globals_of, read_inert, read_trusted
 from lora_dist.models.loading import load_base, load_tokenizer
 from lora_dist.models.pickled import CannotRun, Pickled, build, read_config, revive, understand
-from lora_dist.models.pickled_tokenizer import rebuild_tokenizer
+from lora_dist.models.pickled_tokenizer import SAMPLE, rebuild_tokenizer
 from lora_dist.models.sources import open_shard, weight_files
 
 REPORT_FILE = "convert.json"
-SAMPLE = "The 3 birds, über 12.5 km:\n\tif (x != y): naïve 'words' 東京 🐦 don't."
 ROUNDED = 2**-7
 """relative: more than bfloat16 rounds by"""
 

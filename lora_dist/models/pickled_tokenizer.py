@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from lora_dist.models.allowed import is_plain
 from lora_dist.models.legacy import Inert
 from lora_dist.models.loading import quiet_transformers
 
+SAMPLE = "The 3 birds, über 12.5 km:\n\tif (x != y): naïve 'words' 東京 🐦 don't."
+"""text that two tokenizers are compared on"""
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SETTINGS = (
     "model_max_length",
@@ -102,7 +106,13 @@ def _content(token: Any) -> str | None:
 
 
 def _from_sentencepiece(model: bytes, settings: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """A tokenizer from a sentencepiece model, by transformers' own conversion (which needs the sentencepiece package)."""
+    """A tokenizer from a sentencepiece model, by transformers' own conversion, checked against sentencepiece itself.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if find_spec("sentencepiece") is None:
+        raise ValueError("its vocabulary needs the sentencepiece package")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tokenizer.model").write_bytes(model)
         config = {"tokenizer_class": "LlamaTokenizer", **settings}
@@ -110,4 +120,7 @@ def _from_sentencepiece(model: bytes, settings: Mapping[str, Any]) -> PreTrained
         with quiet_transformers():
             made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert isinstance(made, PreTrainedTokenizerBase)
+    expected = import_module("sentencepiece").SentencePieceProcessor(model_proto=model).encode(SAMPLE)
+    if made(SAMPLE, add_special_tokens=False).input_ids != expected:
+        raise ValueError("transformers' conversion of its sentencepiece model gives other tokens")
     return made
