@@ -24,6 +24,7 @@ from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.loading import quiet_transformers
 from lora_dist.models.sources import open_shard, weight_files
+from lora_dist.models.uneven import remote_code
 from lora_dist.process import flush
 
 _GIB = 2**30
@@ -92,7 +93,7 @@ def save_model(
     with _staged(out_dir) as staging:
         with quiet_transformers(), _savable_generation(model):
             model.save_pretrained(str(staging))
-        _write_rest(tokenizer, staging, pattern, extra_files or {})
+        _write_rest(model.config, tokenizer, staging, pattern, extra_files or {})
         if prove is not None:
             _write_texts(staging, prove(staging))
     return Path(out_dir).expanduser()
@@ -141,7 +142,7 @@ class StreamedModel:
             if index is not None:
                 text = json.dumps(index, indent=2, sort_keys=True) + "\n"
                 (self._staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-            _write_rest(tokenizer, self._staging, pattern, {})
+            _write_rest(model.config, tokenizer, self._staging, pattern, {})
         self._stack.close()
 
     @contextmanager
@@ -178,8 +179,11 @@ def _staged(out_dir: str | Path) -> Iterator[Path]:
         raise
 
 
-def _write_rest(tokenizer: Any, folder: Path, pattern: Pattern | None, extra_files: Mapping[str, str]) -> None:
-    """Tokenizer, pattern and notes, beside config and weights."""
+def _write_rest(config: Any, tokenizer: Any, folder: Path, pattern: Pattern | None, extra_files: Mapping[str, str]) -> None:
+    """Tokenizer, pattern, code of uneven layers and notes, beside config and weights."""
+    code = remote_code(config)
+    if code is not None:
+        extra_files = {**extra_files, code[0]: code[1]}
     with quiet_transformers():
         tokenizer.save_pretrained(str(folder))
     if pattern is not None:

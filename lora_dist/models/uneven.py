@@ -11,12 +11,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lora_dist.log import UserError
+from lora_dist.models import modeling_uneven
 from lora_dist.models.architecture import decoder_layers
+from lora_dist.models.modeling_uneven import resize_layer
 
 CONFIG_KEY = "layer_widths"
 """under which config.json records the widths"""
@@ -26,6 +30,8 @@ _ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_p
 _TENSOR = re.compile(
     rf"(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?:self_attn\.(?P<a>{'|'.join(_ATTENTION)})|mlp\.(?P<m>{'|'.join(_MLP)}))\.(?P<kind>weight|bias)"
 )
+_AUTO_MAP = {"AutoModelForCausalLM": "modeling_uneven.UnevenForCausalLM"}
+"""where plain transformers finds code for these layers, if it is told to trust it"""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -177,6 +183,8 @@ def set_widths(config: Any, widths: LayerWidths) -> None:
         config.intermediate_size = widths.intermediate_size[0]
     if not widths.uniform or {"o_proj", "down_proj"} & set(widths.bias):
         setattr(config, CONFIG_KEY, widths.record())
+        if not getattr(config, "auto_map", None):
+            config.auto_map = dict(_AUTO_MAP)
 
 
 def apply_widths(model: Any, widths: LayerWidths) -> None:
@@ -199,25 +207,8 @@ def apply_widths(model: Any, widths: LayerWidths) -> None:
                 f"{', '.join(strange)}; structured pruning is understood where a layer has self_attn.{{q,k,v,o}}_proj and "
                 "mlp.{gate,up,down}_proj and nothing else that grows with their widths"
             )
-        heads, kv, width = widths.num_attention_heads[i], widths.num_key_value_heads[i], widths.intermediate_size[i]
-        rows = {"q_proj": heads, "k_proj": kv, "v_proj": kv}
-        size = attention.head_dim
-        for name in _ATTENTION:
-            _resize(
-                attention,
-                name,
-                widths,
-                rows=rows[name] * size if name in rows else None,
-                columns=None if name in rows else heads * size,
-            )
-        for name in _MLP:
-            _resize(
-                mlp, name, widths, rows=None if name == "down_proj" else width, columns=width if name == "down_proj" else None
-            )
-        _set_present(
-            attention, num_key_value_groups=heads // kv, num_heads=heads, num_attention_heads=heads, num_key_value_heads=kv
-        )
-        _set_present(mlp, intermediate_size=width, ffn_dim=width)
+        heads, kv_heads, width = widths.num_attention_heads[i], widths.num_key_value_heads[i], widths.intermediate_size[i]
+        resize_layer(layer, heads, kv_heads, width, list(widths.bias))
     set_widths(model.config, widths)
 
 
@@ -233,16 +224,10 @@ def _strange(part: Any, linears: tuple[str, ...], norms: set[str], size: int | N
     return found
 
 
-def _resize(part: Any, name: str, widths: LayerWidths, *, rows: int | None, columns: int | None) -> None:
-    old = getattr(part, name)
-    bias = old.bias is not None or name in widths.bias
-    new = nn.Linear(
-        columns or old.in_features, rows or old.out_features, bias=bias, device=old.weight.device, dtype=old.weight.dtype
-    )
-    setattr(part, name, new)
-
-
-def _set_present(part: Any, **values: int) -> None:
-    for name, value in values.items():
-        if hasattr(part, name):
-            setattr(part, name, value)
+def remote_code(config: Any) -> tuple[str, str] | None:
+    """Name and text of the file that plain transformers needs beside weights of uneven layers, None for any other model."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if getattr(config, "auto_map", None) != _AUTO_MAP or not isinstance(family, str):
+        return None
+    file = Path(modeling_uneven.__file__)
+    return file.name, file.read_text(encoding="utf-8").replace("LlamaForCausalLM", family)

@@ -103,6 +103,23 @@ def test_placeholders_and_pieces_are_those_of_the_whole_model(uneven_dir: Path) 
     assert [layer.self_attn.num_key_value_groups for layer in empty.model.model.layers] == [2, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2"])
+def test_plain_transformers_reads_what_is_written(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the code beside the weights; without it, it says that the shapes do not fit."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    pruned = family(kind)
+    prune_structured.prune(pruned, kv_heads=HEADS, neurons=NEURONS)
+    base = load_base(str(save(pruned, tmp_path / "base")), progress=False)
+    written = save_model(base.model, base.tokenizer, tmp_path / "written", pattern=None)
+    plain = AutoModelForCausalLM.from_pretrained(written, trust_remote_code=True)
+    assert type(plain).__name__ == "UnevenForCausalLM" and isinstance(plain, type(pruned))
+    assert torch.equal(logits(plain), logits(pruned))
+    assert "lora_dist" not in (written / "modeling_uneven.py").read_text()
+    with pytest.raises(RuntimeError, match="mismatch"):
+        AutoModelForCausalLM.from_pretrained(written, trust_remote_code=False)
+    assert torch.equal(logits(load_base(str(written), progress=False, trust_remote_code=True).model), logits(pruned))
+
+
 @pytest.mark.parametrize("layout", ["shards", "torch"])
 def test_other_layouts_of_files(uneven_dir: Path, tmp_path: Path, layout: str) -> None:
     model = load_base(str(uneven_dir), progress=False).model
