@@ -27,6 +27,7 @@ from lora_dist.parallel import World
 
 Progress = Callable[[int], Callable[[], None]]
 Answer = tuple[float, bool]
+_NO_LIMIT = 10**9
 _CONTEXTS = 1024  # encoded contexts that are kept: the choices of a question share theirs
 
 
@@ -57,10 +58,9 @@ class WorldLM(HFLM):
     def __init__(
         self, model: Any, tokenizer: Any, *, world: World, batch_size: int, context: int, sharded: bool, progress: Progress
     ):
-        # A copy: HFLM gives it a padding token.
-        super().__init__(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, max_length=context, backend="causal"
-        )
+        tokenizer = copy.deepcopy(tokenizer)  # HFLM gives it a padding token
+        tokenizer.model_max_length = _NO_LIMIT  # what is too long is cut here, and counted: no warning is needed
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=context, backend="causal")
         self._world, self._sharded, self._progress = world, sharded, progress
         forward = getattr(model, "get_base_model", lambda: model)().forward
         self._keeps_logits = "logits_to_keep" in inspect.signature(forward).parameters
