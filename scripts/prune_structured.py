@@ -84,7 +84,7 @@ def _counts(worths: Sequence[Tensor], ratio: float) -> list[int]:
 def _listed(text: str | None, worths: Sequence[Tensor], name: str) -> list[int] | None:
     if text is None:
         return None
-    counts = [int(part) for part in text.split(",")]
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     most = [len(worth) for worth in worths]
     if len(counts) != len(worths) or any(not 1 <= count <= limit for count, limit in zip(counts, most, strict=False)):
         raise UserError(f"{name}: found {text}, expected {len(worths)} numbers, one a layer, from 1 to {max(most)}")

@@ -232,8 +232,9 @@ def pattern_table(pattern: Pattern, names: list[str], prefix: str) -> str:
         assert isinstance(mask, BlockMask)
         by_layer.setdefault(int(number), {})[linear] = mask
     linears = list(dict.fromkeys(linear for masks in by_layer.values() for linear in masks))
-    shapes = [next(masks[name].shape for masks in by_layer.values() if name in masks) for name in linears]
-    rows = [["layer", "tiles pruned", "sparsity", *_short(linears)], ["", "", "", *(f"{o}x{i}" for o, i in shapes)]]
+    shapes = [{masks[name].shape for masks in by_layer.values() if name in masks} for name in linears]
+    sizes = ["{}x{}".format(*next(iter(found))) if len(found) == 1 else "uneven" for found in shapes]
+    rows = [["layer", "tiles pruned", "sparsity", *_short(linears)], ["", "", "", *sizes]]
     for index, masks in sorted(by_layer.items()):
         rows.append([str(index), *_figures(list(masks.values())), *(_share([masks[n]]) if n in masks else "-" for n in linears)])
     columns = [[masks[name] for masks in by_layer.values() if name in masks] for name in linears]
