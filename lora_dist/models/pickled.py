@@ -210,8 +210,15 @@ def build(found: Pickled, config: Any, path: Path) -> tuple[Any, LayerWidths | N
     if widths is not None:
         set_widths(config, widths)
     _settle_tie(config, found.tensors)
-    with quiet_transformers():
-        model = build_empty(config, dtype=_main_dtype(found.tensors), device="cpu", widths=widths)
+    try:
+        with quiet_transformers():
+            model = build_empty(config, dtype=_main_dtype(found.tensors), device="cpu", widths=widths)
+    except UserError:
+        raise
+    except Exception as error:  # a configuration without sense fails anywhere in the family's own code
+        raise UserError(
+            f"{path}: no model can be built from its configuration ({type(error).__name__}: {error}); give one with --config_name"
+        ) from error
     for name, key in match_names(model, path, shapes, advice="check that the configuration belongs to these weights").items():
         set_tensor(model, name, found.tensors[key])
     model.tie_weights()
@@ -274,7 +281,11 @@ def _revive(inert: Any, config: Any, done: dict[int, nn.Module]) -> nn.Module:
     state = _state(inert)
     own = set(vars(module))
     module.__dict__.update(
-        {key: value for key, value in state.items() if key not in own and not key.startswith("__") and is_plain(value)}
+        {
+            key: value
+            for key, value in state.items()
+            if isinstance(key, str) and key not in own and not key.startswith("__") and is_plain(value)
+        }
     )
     if "config" in state:
         module.__dict__["config"] = config
