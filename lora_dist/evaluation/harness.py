@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -22,7 +22,6 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
 from lora_dist.evaluation.together import together
-from lora_dist.log import UserError
 from lora_dist.parallel import World
 
 Progress = Callable[[int], Callable[[], None]]
@@ -37,7 +36,7 @@ class _Input:
 
     tokens: list[int]
     answers: list[tuple[int, list[int]]] = field(default_factory=list)
-    """(number of the request, tokens of its answer)"""
+    """(number of the piece, its tokens)"""
 
     @property
     def scored(self) -> int:
@@ -77,32 +76,42 @@ class WorldLM(HFLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         """Collective. Summed log-probability of every request's answer, and whether each token of it is the likeliest."""
-        inputs = self._inputs(requests)
+        pieces = [(n, *piece) for n, (_, context, answer) in enumerate(requests) for piece in self._pieces(context, answer)]
+        inputs = self._inputs([(context, answer) for _, context, answer in pieces])
         size = override_bs or int(self.batch_size)
         batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
         share = together(self._world, lambda: self._share(batches))
         answers: dict[int, Answer] = {}
         for part in self._world.gather(share or {}):
             answers |= part
-        return [answers[number] for number in range(len(requests))]
+        whole = [(0.0, True)] * len(requests)
+        for place, (number, _, _) in enumerate(pieces):
+            (logprob, greedy), (so_far, all_greedy) = answers[place], whole[number]
+            whole[number] = (so_far + logprob, all_greedy and greedy)
+        return whole
 
-    def _inputs(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> list[_Input]:
-        """What has to be computed, longest first: requests that differ in their last token only share a row."""
+    def _pieces(self, context: list[int], answer: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """An answer that is longer than the model's context is scored piece by piece, each of half a context behind what fits in front
+        of it; any other as it is. (lm-eval ends with an error there.)"""
+        self.truncated += len(context) + len(answer) > self.max_length + 1
+        if len(answer) <= self.max_length:
+            yield context, answer
+            return
+        step = max(1, self.max_length // 2)
+        for start in range(0, len(answer), step):
+            yield [*context, *answer[:start]], answer[start : start + step]
+
+    def _inputs(self, pieces: Sequence[tuple[list[int], list[int]]]) -> list[_Input]:
+        """What has to be computed, longest first: pieces that differ in their last token only share a row."""
         rows: dict[tuple[int, ...], _Input] = {}
-        for number, (_, context, answer) in enumerate(requests):
-            if len(answer) > self.max_length:
-                raise UserError(
-                    f"block_size: found a context of {self.max_length} tokens, and an answer of {len(answer)}: it cannot be scored"
-                )
-            tokens = [*context, *answer]
-            self.truncated += len(tokens) > self.max_length + 1
-            tokens = tokens[-(self.max_length + 1) :][:-1]
+        for number, (context, answer) in enumerate(pieces):
+            tokens = [*context, *answer][-(self.max_length + 1) :][:-1]
             rows.setdefault(tuple(tokens), _Input(tokens)).answers.append((number, answer))
         return sorted(rows.values(), key=lambda row: (-len(row.tokens), row.tokens))
 
     @torch.no_grad()
     def _share(self, batches: Sequence[Sequence[_Input]]) -> dict[int, Answer]:
-        """This process's answers by number of the request."""
+        """This process's answers by number of the piece."""
         world = self._world
         answers: dict[int, Answer] = {}
         tick = self._progress(-(-len(batches) // world.size))

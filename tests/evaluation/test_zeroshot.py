@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import lm_eval.tasks
 import pytest
+import torch
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
@@ -91,6 +92,22 @@ def test_log_likelihoods_are_lm_evals(kind):
     mine, theirs = (each.loglikelihood([Request(pair) for pair in pairs], disable_tqdm=True) for each in (lm, direct))
     assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
     assert [value for value, _ in mine] == pytest.approx([value for value, _ in theirs], rel=1e-5)
+    assert lm.truncated == 1
+
+
+def test_an_answer_longer_than_the_context_is_scored_in_pieces():
+    model, tokenizer = tiny_model(vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
+    lm = WorldLM(model, tokenizer, world=World(), batch_size=2, context=8, sharded=False, progress=lambda n: lambda: None)
+    start, answer = [5, 6, 7], [11 + i % 5 for i in range(10)]
+    [(found, greedy), _] = lm._loglikelihood_tokens([(None, start, answer), (None, start, [9])])
+    whole, expected, likeliest = start + answer, 0.0, True
+    for first in (0, 4, 8):  # pieces of half a context, behind what fits in front of each
+        piece = answer[first : first + 4]
+        before = whole[: len(start) + first + len(piece)][-9:-1]
+        logprobs = model(torch.tensor([before])).logits[0, -len(piece) :].detach().log_softmax(-1)
+        expected += float(sum(row[token] for row, token in zip(logprobs, piece, strict=True)))
+        likeliest = likeliest and logprobs.argmax(-1).tolist() == piece
+    assert found == pytest.approx(expected, rel=1e-5) and greedy == likeliest
     assert lm.truncated == 1
 
 
