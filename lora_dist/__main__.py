@@ -26,7 +26,7 @@ VERBS = {
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {name:<10}{text}" for name, text in VERBS.items())
+    rows = "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items())
     return f"usage: lora-dist VERB ...   (lora-dist VERB --help for its options)\n\nverbs:\n{rows}\n\n  --version"
 
 
