@@ -113,6 +113,7 @@ def _from_sentencepiece(model: bytes, settings: Mapping[str, Any]) -> PreTrained
     """
     if find_spec("sentencepiece") is None:
         raise ValueError("its vocabulary needs the sentencepiece package")
+    expected = import_module("sentencepiece").SentencePieceProcessor(model_proto=model).encode(SAMPLE)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tokenizer.model").write_bytes(model)
         config = {"tokenizer_class": "LlamaTokenizer", **settings}
@@ -120,7 +121,6 @@ def _from_sentencepiece(model: bytes, settings: Mapping[str, Any]) -> PreTrained
         with quiet_transformers():
             made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert isinstance(made, PreTrainedTokenizerBase)
-    expected = import_module("sentencepiece").SentencePieceProcessor(model_proto=model).encode(SAMPLE)
     if made(SAMPLE, add_special_tokens=False).input_ids != expected:
         raise ValueError("transformers' conversion of its sentencepiece model gives other tokens")
     return made
