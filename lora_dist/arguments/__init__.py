@@ -1,4 +1,4 @@
-"""Options of every verb but train: name, type, default, help line and check, as in `config.py`; one file a group of verbs.
+"""Options of every verb but train: name, type, default, help line and check, as in `config/`; one file a group of verbs.
 
 Plain dataclasses without heavy imports, so that help and bad input are answered at once. Read by `cli/`, used by `engine/`.
 """

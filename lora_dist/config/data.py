@@ -1,0 +1,76 @@
+"""`data.*`: what is trained and evaluated on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_dist.config.checks import fraction, positive
+
+
+@dataclass
+class DataArgs:
+    """The text that is trained and evaluated on."""
+
+    dataset_name: str = ""
+    """Hub name, local directory, or local files (comma-separated .txt .json .jsonl .csv .parquet)."""
+    dataset_config_name: str | None = None
+    """Configuration of a hub data set, such as wikitext-2-raw-v1."""
+    validation_file: str | None = None
+    """Local files to evaluate on, where the data set has no validation split of its own."""
+    text_column: str = "text"
+    """Column that holds the text in JSON, CSV and parquet."""
+    document_separator: str | None = None
+    """Text that separates documents inside .txt files, such as <|endoftext|>; without one, a file is running text."""
+    format: Literal["text", "auto", "alpaca", "chat", "prompt_completion"] = "text"
+    """What a row is: text, packed into windows; or an example: alpaca (instruction, input, output), chat (messages, or ShareGPT's
+    conversations, through the tokenizer's chat template), prompt_completion; auto: by the columns."""
+    prompt_template: str = "alpaca"
+    """alpaca: the template instructions are put in: templates/NAME.json in the working directory, else the package's, or a path."""
+    train_on_inputs: bool = False
+    """Examples: count the loss on the prompt as well, not on the answer only."""
+    add_eos_token: bool = True
+    """Examples: the tokenizer's end-of-sequence token behind the answer, to be learnt; chat templates have their own."""
+    packing: bool = False
+    """Examples: several in one row, which do not attend to each other; no padding work."""
+    packing_length: int | None = None
+    """Tokens of a packed row; default: block_size."""
+    max_bad_share: float = 0.1
+    """Examples: stop if more than this share of the records cannot be used; fewer are named and left out."""
+    special_tokens: Literal["auto", "bos", "eos", "both", "none"] = "auto"
+    """Special tokens put around each document; auto: what the tokenizer itself adds."""
+    block_size: int = 1024
+    """Context length in tokens: of a window of text, or of the longest example (the pruning tile is adapter.block)."""
+    max_train_samples: int | None = None
+    """Use at most this many windows or examples for training."""
+    max_eval_samples: int | None = None
+    """Use at most this many windows or examples for evaluation."""
+    holdout_windows: int = 128
+    """Windows or examples held out at random for evaluation where there is no validation split."""
+    preprocessing_num_workers: int | None = None
+    """Processes that tokenise; default: the cores, 8 at most."""
+    dataloader_num_workers: int = 0
+    """Processes that load batches ahead of the step; windows are read from a memory map, so 0 is usually enough."""
+    cache_dir: str | None = None
+    """Where tokenised text is kept; default: lora_dist/ in the Hugging Face cache."""
+
+    def problems(self) -> Iterator[str]:
+        if not self.dataset_name:
+            yield "data.dataset_name: found nothing, expected a hub name, a directory or files"
+        yield from positive(
+            "data", self, "max_train_samples", "max_eval_samples", "preprocessing_num_workers", "holdout_windows", "packing_length",
+        )  # fmt: skip
+        yield from fraction("data", self, "max_bad_share")
+        if self.block_size < 2:
+            yield f"data.block_size: found {self.block_size}, expected a context of 2 tokens or more"
+        if self.dataloader_num_workers < 0:
+            yield f"data.dataloader_num_workers: found {self.dataloader_num_workers}, expected 0 or more"
+        for key in ("packing", "train_on_inputs"):
+            if self.format == "text" and getattr(self, key):
+                yield f"data.{key}: found true with data.format text, which is learnt whole, expected auto or a format of examples"
+        if self.packing_length is not None and not (self.packing and self.packing_length >= self.block_size):
+            yield (
+                f"data.packing_length: found {self.packing_length}, expected data.packing, and data.block_size ({self.block_size}) "
+                "or more: a row holds the longest example"
+            )

@@ -1,0 +1,44 @@
+"""All sections together, and what one says against another."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from lora_dist.config.data import DataArgs
+from lora_dist.config.model import AdapterArgs, ModelArgs
+from lora_dist.config.parallel import ParallelArgs
+from lora_dist.config.train import TrainArgs
+from lora_dist.config.watching import GuardArgs, HealthArgs, TrackerArgs
+
+
+@dataclass
+class RunConfig:
+    """All options of `lora-dist train`."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    adapter: AdapterArgs = field(default_factory=AdapterArgs)
+    data: DataArgs = field(default_factory=DataArgs)
+    train: TrainArgs = field(default_factory=TrainArgs)
+    guard: GuardArgs = field(default_factory=GuardArgs)
+    health: HealthArgs = field(default_factory=HealthArgs)
+    parallel: ParallelArgs = field(default_factory=ParallelArgs)
+    tracker: TrackerArgs = field(default_factory=TrackerArgs)
+
+    def problems(self) -> list[str]:
+        """Every value that is out of range or contradicts another, one line each: found, expected, key."""
+        lines = [line for f in dataclasses.fields(self) for line in getattr(self, f.name).problems()]
+        if self.health.hang_timeout_s >= self.parallel.timeout_s > 0:
+            lines.append(
+                f"health.hang_timeout_s: found {self.health.hang_timeout_s:g} with parallel.timeout_s {self.parallel.timeout_s:g}, "
+                "expected less (0: off), or a collective gives up before it can be said which process hangs"
+            )
+        if self.train.group_by_length and (self.data.packing or self.data.format == "text"):
+            other = "data.packing true" if self.data.packing else "data.format text"
+            lines.append(
+                f"train.group_by_length: found true with {other}, whose rows are all of one length, expected one of the two"
+            )
+        for key, asked in (("spike_nats", self.health.spike_nats), ("non_finite", self.health.non_finite)):
+            if self.train.save_strategy == "no" and asked not in (None, "stop", "skip"):
+                lines.append(f"health.{key}: found {asked} with train.save_strategy no, expected checkpoints to go back to")
+        return lines
