@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,11 +51,16 @@ class _Chunk:
 
 
 class _Masked:
-    """A base weight, whole or a piece of it, and the mask that it must keep."""
+    """A base weight, whole or a piece of it, and the mask that it must keep.
 
-    def __init__(self, name: str, weight: Piece, transposed: bool, mask: Mask) -> None:
+    Args:
+        read: gives the weight, or what is zero where it is.
+    """
+
+    def __init__(self, name: str, read: Callable[[], Piece], transposed: bool, mask: Mask) -> None:
         self.name, self.mask = name, mask
-        self._weight, self._transposed = weight, transposed
+        self._read, self._transposed = read, transposed
+        weight = read()
         self.whole = weight.tensor.numel() == math.prod(weight.shape)
         # Of tiles, those that this process holds something of are on the device once, so that a check copies nothing. Elements
         # are as many as the weights: they stay packed, and are unpacked at each check.
@@ -62,7 +68,7 @@ class _Masked:
 
     def parts(self) -> list[Rectangle]:
         """Views, made anew at each check: the parameter may have been given other storage since."""
-        return rectangles(self._weight, self._transposed)
+        return rectangles(self._read(), self._transposed)
 
     def violated(self) -> list[Tensor]:
         """One flag a part, on its device: whether it holds a pruned value that is not zero. Waits for nothing."""
@@ -83,6 +89,8 @@ class Guard:
         transposed: names of pattern entries whose weight is stored as (I, O) (GPT-2's Conv1D).
         sample_chunks: chunks compared at each check.
         when: words for the message of the check that is made at once.
+        codes: of weights that are stored quantised, by name: reads this process's part of the weight as numbers that are zero where
+            it is. Their packed data and scales are entries of `base` like any other.
 
     The parameter of pattern entry `m` is `m.weight`, or under peft `m.base_layer.weight`.
 
@@ -99,8 +107,10 @@ class Guard:
         transposed: Collection[str] = (),
         sample_chunks: int = 8,
         when: str = "at load",
+        codes: Mapping[str, Callable[[], Piece]] | None = None,
     ) -> None:
         self.pattern = pattern
+        self._codes = codes or {}
         self._base = {name: held if isinstance(held, Piece) else Piece.whole(held) for name, held in base.items()}
         self._sample = sample_chunks
         self._cursor = 0
@@ -118,14 +128,15 @@ class Guard:
         self.check_pattern(when)
         self._digests = self._digest(range(len(self._chunks)))
 
-    def _parameter(self, name: str, mask: Mask, transposed: bool) -> Piece:
+    def _parameter(self, name: str, mask: Mask, transposed: bool) -> Callable[[], Piece]:
         for key in (f"{name}.weight", f"{name}.base_layer.weight"):
             if key in self._base:
-                shape = tuple(self._base[key].shape)
+                read = self._codes.get(key, partial(self._base.__getitem__, key))
+                shape = tuple(read().shape)
                 found = shape[::-1] if transposed else shape
                 if found != mask.shape:
                     raise GuardError(f"layer {name}: found a weight of {found}, expected {mask.shape} as in the pattern")
-                return self._base[key]
+                return read
         raise GuardError(f"layer {name}: is in the pattern, but not in the base")
 
     def _digest(self, indices: range | list[int]) -> list[int]:

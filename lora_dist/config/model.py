@@ -19,6 +19,14 @@ class ModelArgs:
     """Where to take config and tokenizer from if the model directory has none of its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision the frozen base is held and computed in; auto: what train.bf16 / train.fp16 say, else float32."""
+    load_in_4bit: bool = False
+    """Hold the linears of the decoder layers in 4 bits (QLoRA; bitsandbytes); the rest in dtype. Pruned tiles stay exactly zero."""
+    load_in_8bit: bool = False
+    """Hold them in int8 (LLM.int8(); bitsandbytes)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Numbers that 4 bits stand for."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales of the blocks of 4-bit weights too: 0.37 bits a weight less."""
     attn_implementation: str | None = None
     """Attention kernel, as transformers names it: eager, sdpa, flash_attention_2."""
     trust_remote_code: bool = False
@@ -27,6 +35,8 @@ class ModelArgs:
     def problems(self) -> Iterator[str]:
         if not self.name_or_path:
             yield "model.name_or_path: found nothing, expected the directory of a pruned model"
+        if self.load_in_4bit and self.load_in_8bit:
+            yield "model.load_in_4bit, model.load_in_8bit: found both true, expected one at most"
 
 
 @dataclass

@@ -5,8 +5,9 @@ Collective throughout. The tensors are read and hashed by one process of each ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from lora_dist.engine.pattern import FoundPattern, base_pattern
 from lora_dist.log import UserError
 from lora_dist.models.architecture import decoder_layers, prunable_linears
 from lora_dist.models.loading import BaseSource, LoadedBase, load_whole, open_base
+from lora_dist.models.quantised import DequantisedReader, Quantisation, QuantisedReader, codes, quantised_layers, state_tensors
 from lora_dist.models.sources import SourceFacts, read_facts
 from lora_dist.models.streaming import TensorReader, load_empty
-from lora_dist.parallel import World, plain_name
+from lora_dist.parallel import Reader, World, plain_name
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class BaseAndPattern:
 
     base: LoadedBase
     found: FoundPattern
-    reader: TensorReader | None
+    reader: Reader | None
     """reads the weights of a base that is in placeholders; None for a whole one"""
     linears: list[NamedLinear]
     """the prunable linears, under their names in the base"""
@@ -44,6 +46,8 @@ def load_for(
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantisation: Quantisation | None = None,
+    dequantise: bool = False,
     check: Callable[[BaseSource], None] = lambda source: None,
 ) -> BaseAndPattern:
     """Collective. Load a base and find its pattern.
@@ -51,7 +55,9 @@ def load_for(
     Args:
         sharded: leave placeholders for weights, to be filled piece by piece.
         block: tile side to look for where no mask is stored.
-        dtype: None keeps what is stored.
+        dtype: None keeps what is stored; of a quantised base, the precision to compute in.
+        quantisation: hold the linears of the decoder layers quantised; fingerprint and pattern are those of the stored weights.
+        dequantise: hold them as ordinary weights instead, of the values that the quantised ones stand for.
         check: looks at the small files before gigabytes are read; raises UserError.
 
     Raises:
@@ -67,7 +73,7 @@ def load_for(
         check(source)
     facts = _same_everywhere(world, name_or_path, source)
     device = str(world.device)
-    if not sharded:
+    if not sharded and quantisation is None:
         base = load_whole(source, facts, dtype=dtype, device=device)
         found = base_pattern(base.model, base.source_dir, block=block)
         return BaseAndPattern(base, found, None, prunable_linears(base.model))
@@ -80,7 +86,45 @@ def load_for(
         return weight.T if linear.transposed else weight
 
     found = world.on_main(lambda: base_pattern(base.model, base.source_dir, block=block, weight_of=read_OI))
-    return BaseAndPattern(base, found, reader, prunable_linears(base.model))
+    if quantisation is None:
+        return BaseAndPattern(base, found, reader, prunable_linears(base.model))
+    readers = _quantised(base.model, reader, found.pattern, quantisation, world, sharded=sharded, dequantise=dequantise)
+    return BaseAndPattern(base, found, readers if sharded else None, prunable_linears(base.model))
+
+
+def _quantised(
+    model: Any,
+    reader: TensorReader,
+    pattern: Pattern | None,
+    quantisation: Quantisation,
+    world: World,
+    *,
+    sharded: bool,
+    dequantise: bool,
+) -> Reader:
+    """The base in placeholders with its linears quantised, or a reader of what these stand for; filled, unless it is to be sharded."""
+    linears = prunable_linears(model)
+    dtype = next(model.parameters()).dtype
+    found: DequantisedReader | QuantisedReader
+    if dequantise:
+        found = DequantisedReader(reader, linears, pattern, quantisation)
+    else:
+        found = QuantisedReader(
+            model,
+            reader,
+            linears,
+            pattern,
+            quantisation,
+            compute_dtype=dtype,
+            device=world.device,
+            # fully_shard makes parameters of its shards, which want a floating-point dtype
+            storage=dtype if sharded else torch.uint8,
+        )
+        model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantisation.bits == 4, quantisation.bits == 8  # what PEFT asks for
+        model.config.quantization_config = quantisation.to_dict()  # where transformers has it; remembered with the adapter
+    if not sharded:
+        found.fill(model)
+    return found
 
 
 def _same_everywhere(world: World, name: str, source: BaseSource) -> SourceFacts:
@@ -95,8 +139,18 @@ def _same_everywhere(world: World, name: str, source: BaseSource) -> SourceFacts
 
 
 def base_pieces(model: nn.Module, piece: Callable[[nn.Parameter], Piece]) -> dict[str, Piece]:
-    """This process's part of every frozen parameter, by its name in the base."""
-    return {plain_name(name): piece(p) for name, p in model.named_parameters() if not p.requires_grad}
+    """This process's part of every frozen parameter, by its name in the base; of quantised ones their scales too, whole."""
+    pieces = {plain_name(name): piece(p) for name, p in model.named_parameters() if not p.requires_grad}
+    for name, layer in quantised_layers(model):
+        weight = plain_name(f"{name}.weight")
+        pieces |= {f"{weight}.{key}": Piece.whole(tensor) for key, tensor in state_tensors(layer).items()}
+    return pieces
+
+
+def quantised_weights(model: nn.Module, pieces: dict[str, Piece]) -> dict[str, Callable[[], Piece]]:
+    """What reads a quantised weight's codes, by its name in the base (`Guard`'s `codes`)."""
+    names = {plain_name(f"{name}.weight"): layer for name, layer in quantised_layers(model)}
+    return {name: partial(codes, layer, pieces[name]) for name, layer in names.items()}
 
 
 def require_finite(world: World, pieces: dict[str, Piece]) -> None:
@@ -105,7 +159,9 @@ def require_finite(world: World, pieces: dict[str, Piece]) -> None:
     Raises:
         UserError: on every process, naming a parameter that holds NaN or infinity.
     """
-    bad = [name for name, piece in pieces.items() if not bool(torch.isfinite(piece.tensor).all())]
+    # A tensor with scales beside it holds packed codes, whatever its dtype.
+    plain = {name: piece for name, piece in pieces.items() if f"{name}.absmax" not in pieces}
+    bad = [name for name, piece in plain.items() if not bool(torch.isfinite(piece.tensor).all())]
     world.agree(
         UserError(
             f"model.name_or_path: {len(bad)} parameters of the base hold NaN or infinity, first {bad[0]}: prune or save it again"
@@ -123,8 +179,12 @@ def make_guard(
     *,
     sample_chunks: int,
     when: str = "at load",
+    codes: Mapping[str, Callable[[], Piece]] | None = None,
 ) -> Guard:
     """Collective: a guard on every process's own part; what one finds now is raised on all.
+
+    Args:
+        codes: `quantised_weights` of a quantised base.
 
     Raises:
         GuardError: naming layer and tile.
@@ -132,7 +192,7 @@ def make_guard(
     transposed = {linear.name for linear in linears if linear.transposed}
     guard, problem = None, None
     try:
-        guard = Guard(pieces, pattern, transposed=transposed, sample_chunks=sample_chunks, when=when)
+        guard = Guard(pieces, pattern, transposed=transposed, sample_chunks=sample_chunks, when=when, codes=codes or {})
     except UserError as error:
         problem = error
     world.agree(problem)

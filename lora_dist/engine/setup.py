@@ -21,7 +21,7 @@ from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
 from lora_dist.data.rows import Rows
 from lora_dist.engine.attempts import Attempt
-from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, require_finite
+from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, quantised_weights, require_finite
 from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
 from lora_dist.engine.data import RunData, run_data
@@ -34,6 +34,7 @@ from lora_dist.engine.step import Stepper
 from lora_dist.engine.wrap import StrategyPlan, plan_strategy, wrap
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.loading import BaseSource, LoadedBase
+from lora_dist.models.quantised import quantisation_of
 from lora_dist.monitor.console import Console
 from lora_dist.monitor.metrics import MetricsFile
 from lora_dist.monitor.trackers import WandbSink
@@ -114,7 +115,14 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint)
     pieces = base_pieces(base.model, strategy.piece)
     require_finite(world, pieces)
-    guard = make_guard(world, pieces, opened.found.pattern, opened.linears, sample_chunks=config.guard.sample_chunks)
+    guard = make_guard(
+        world,
+        pieces,
+        opened.found.pattern,
+        opened.linears,
+        sample_chunks=config.guard.sample_chunks,
+        codes=quantised_weights(base.model, pieces),
+    )
     if config.data.packing:  # behind the guard: a forward pass leaves some of what FSDP cut in one piece
         require_separate(
             strategy.module,
@@ -276,6 +284,9 @@ def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan)
         dtype=compute_dtype(args.dtype, config.train.bf16, config.train.fp16),
         attn_implementation=args.attn_implementation,
         trust_remote_code=args.trust_remote_code,
+        quantisation=quantisation_of(
+            args.load_in_4bit, args.load_in_8bit, args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant
+        ),
         check=check,
     )
     base = opened.base

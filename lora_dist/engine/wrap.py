@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dist.config import RunConfig
+from lora_dist.config import ModelArgs, RunConfig
 from lora_dist.engine.base import BaseAndPattern, shard_units
 from lora_dist.engine.batch import BatchPlan
 from lora_dist.log import UserError
@@ -55,6 +55,7 @@ def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> Strategy
             f"parallel.hybrid_shard: found {world.size} processes with {world.local_size} on this machine, expected two machines or "
             "more with as many processes each; leave it out to shard over all of them"
         )
+    problems += quantised_problems(config.model, plan.name)
     offload: dict[str, str] = {}
     if plan.stage is not None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -92,6 +93,27 @@ def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> Strategy
     if problems:
         raise UserError(problems)
     return plan
+
+
+def quantised_problems(model: ModelArgs, strategy: str) -> list[str]:
+    """What a quantised base cannot have."""
+    keys = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(model, key)]
+    found = "".join(f"model.{key}" for key in keys)
+    if not keys:
+        return []
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return [f"{found}: found true, but bitsandbytes is not installed: pip install bitsandbytes"]
+    if strategy == "zero3":
+        return [
+            f"{found}: found true with parallel.strategy zero3, expected ddp, zero1, zero2 or (4 bits) fsdp2: DeepSpeed cuts weights into "
+            "flat pieces and hands them back without the scales that belong to packed ones"
+        ]
+    if strategy == "fsdp2" and keys == ["load_in_8bit"]:
+        return [
+            f"{found}: found true with parallel.strategy fsdp2, expected ddp, zero1, zero2, or model.load_in_4bit: torch's fully_shard makes "
+            "parameters of its shards, which cannot be of int8, and bitsandbytes can hold only 4 bits in another dtype"
+        ]
+    return []
 
 
 def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_size: int) -> tuple[dict[str, Any], list[str]]:

@@ -104,6 +104,9 @@ class TensorReader:
         key = self._keys[name]
         return self._open(self._where[key][0]).get_tensor(key)
 
+    def fill_quantised(self, unit: nn.Module) -> None:
+        """Nothing: no layer is quantised (`quantised.py`)."""
+
     def fill_buffers(self, model: nn.Module) -> None:
         """Buffers that the files hold; there are few, and every process needs them whole."""
         for name, buffer in stored_buffers(model):

@@ -77,6 +77,8 @@ class FullySharded(TorchStrategy):
         self.shapes = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
         self._units = list(units)
         for unit in self._units:
+            if reader is not None:
+                reader.fill_quantised(unit)
             _give_room(unit)
             fully_shard(unit, mesh=self.mesh, reshard_after_forward=True)
         _give_room(root)

@@ -36,6 +36,9 @@ class Reader(Protocol):
 
     def whole(self, name: str) -> Tensor: ...
 
+    def fill_quantised(self, unit: nn.Module) -> None:
+        """Give the quantised layers inside `unit`, which no other method reads, their weights; whole, before the unit is cut."""
+
 
 def plain_name(name: str) -> str:
     """A parameter's name in the base as it was before PEFT wrapped its linears."""
