@@ -16,6 +16,7 @@ VERBS = {
     "train": "train a LoRA that keeps the pruned tiles zero; resume, evaluate, save",
     "eval": "perplexity, zero-shot accuracy, speed and memory of a model or several, with or without adapters",
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
+    "export": "write a model, merged with an adapter, as ONNX, its logits and zeros checked",
     "convert": "turn a pickled model into a directory, without running what is in it",
     "generate": "continue a prompt",
     "submit": "check a training run and queue it under Slurm, to be requeued until it is complete",

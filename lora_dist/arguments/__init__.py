@@ -5,13 +5,14 @@ Plain dataclasses without heavy imports, so that help and bad input are answered
 
 from lora_dist.arguments.evaluation import EvalArgs
 from lora_dist.arguments.generation import GenerateArgs, SamplingArgs
-from lora_dist.arguments.models import ConvertArgs, InspectArgs, MergeArgs, PruneArgs
+from lora_dist.arguments.models import ConvertArgs, ExportArgs, InspectArgs, MergeArgs, PruneArgs
 from lora_dist.arguments.operations import DoctorArgs, RendezvousArgs, SubmitArgs
 
 __all__ = [
     "ConvertArgs",
     "DoctorArgs",
     "EvalArgs",
+    "ExportArgs",
     "GenerateArgs",
     "InspectArgs",
     "MergeArgs",

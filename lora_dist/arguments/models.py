@@ -101,6 +101,39 @@ class MergeArgs:
 
 
 @dataclass
+class ExportArgs:
+    """Write a model as ONNX for onnxruntime; with an adapter, merged first. Batch and sequence stay free; no key-value cache."""
+
+    model: str = ""
+    """Directory (or hub name) of a model in Hugging Face format."""
+    out: str = ""
+    """Directory to write; must not exist or be empty."""
+    adapter: str | None = None
+    """Folder that train wrote, to be merged into the model on the way."""
+    opset: int | None = None
+    """ONNX operator set; default: what torch's exporter recommends."""
+    tolerance: float = 1e-4
+    """Largest difference of onnxruntime's logits to torch's, over the largest logit, both in float32; above it nothing is written."""
+    densify: bool = False
+    """Plain LoRA on a pruned base: merge all of it; the model is dense afterwards."""
+    config_name: str | None = None
+    """Where to take config and tokenizer from if the model has none of its own."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+
+    def problems(self) -> Iterator[str]:
+        for name in ("model", "out"):
+            if not getattr(self, name):
+                yield f"{name.upper()}: found nothing, expected lora-dist export MODEL OUT"
+        if self.opset is not None and self.opset < 18:
+            yield f"opset: found {self.opset}, expected 18 or more"
+        if not 0 < self.tolerance < 1:
+            yield f"tolerance: found {self.tolerance}, expected a number between 0 and 1"
+        if self.densify and self.adapter is None:
+            yield "densify: found without adapter, expected an adapter to merge"
+
+
+@dataclass
 class ConvertArgs:
     """Turn a pickled model, as pruning tools write it, into a directory of safetensors; nothing in the pickle is run."""
 

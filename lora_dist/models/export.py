@@ -1,7 +1,7 @@
 """Module -> Hugging Face directory: a whole one or none, and proof of the pattern in what was written.
 
 Everything goes to a hidden sibling of the final name, is flushed to disk, and is renamed once. Called by `engine/prune.py`,
-`engine/merge.py` and `engine/convert.py`.
+`engine/merge.py`, `engine/convert.py` and `onnx_export.py`.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def save_model(
     Raises:
         UserError: out_dir holds something, or the disk is full or read-only; nothing is left of this call then.
     """
-    with _staged(out_dir) as staging:
+    with staged(out_dir) as staging:
         with quiet_transformers(), _savable_generation(model):
             model.save_pretrained(str(staging))
-        _write_rest(model.config, tokenizer, staging, pattern, extra_files or {})
+        write_rest(model.config, tokenizer, staging, pattern, extra_files or {})
         if prove is not None:
             _write_texts(staging, prove(staging))
     return Path(out_dir).expanduser()
@@ -125,7 +125,7 @@ class StreamedModel:
     def __init__(self, out_dir: str | Path):
         self.out = Path(out_dir).expanduser()
         self._stack = ExitStack()
-        self._staging = self._stack.enter_context(_staged(out_dir))
+        self._staging = self._stack.enter_context(staged(out_dir))
 
     def add(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one file of weights."""
@@ -135,14 +135,11 @@ class StreamedModel:
     def finish(self, model: Any, tokenizer: Any, index: Mapping[str, Any] | None, pattern: Pattern | None) -> None:
         """Write what is not weights (of the model: its configurations), and publish."""
         with self._closed_on_failure():
-            with quiet_transformers(), _savable_generation(model):
-                model.config.save_pretrained(str(self._staging))
-                if model.generation_config is not None:
-                    model.generation_config.save_pretrained(str(self._staging))
+            save_configurations(model, self._staging)
             if index is not None:
                 text = json.dumps(index, indent=2, sort_keys=True) + "\n"
                 (self._staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-            _write_rest(model.config, tokenizer, self._staging, pattern, {})
+            write_rest(model.config, tokenizer, self._staging, pattern, {})
         self._stack.close()
 
     @contextmanager
@@ -155,7 +152,7 @@ class StreamedModel:
 
 
 @contextmanager
-def _staged(out_dir: str | Path) -> Iterator[Path]:
+def staged(out_dir: str | Path) -> Iterator[Path]:
     """A hidden sibling to write into; renamed to `out_dir` at the end, removed if anything fails."""
     out = check_output(out_dir)
     made = [parent for parent in out.parents if not parent.exists()]  # nearest first
@@ -179,7 +176,15 @@ def _staged(out_dir: str | Path) -> Iterator[Path]:
         raise
 
 
-def _write_rest(config: Any, tokenizer: Any, folder: Path, pattern: Pattern | None, extra_files: Mapping[str, str]) -> None:
+def save_configurations(model: Any, folder: Path) -> None:
+    """The model's configuration, and the one of its generation where it has one."""
+    with quiet_transformers(), _savable_generation(model):
+        model.config.save_pretrained(str(folder))
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(str(folder))
+
+
+def write_rest(config: Any, tokenizer: Any, folder: Path, pattern: Pattern | None, extra_files: Mapping[str, str]) -> None:
     """Tokenizer, pattern, code of uneven layers and notes, beside config and weights."""
     code = remote_code(config)
     if code is not None:
