@@ -11,6 +11,8 @@ import logging
 from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger("lora_dist")
+# PEFT imports bitsandbytes where it is installed, which says at once, on stderr, that an optional package of kernels is not.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 # Exit codes beside 0 (done), 1 (failed), 2 (bad input) and 130 (second Ctrl-C): docs/guide.md has the table.
 EXIT_STOPPED = 75

@@ -43,6 +43,10 @@ class TrainArgs:
     """Examples: steps of similar lengths, in random order; less padding, and gradients of a step less alike those of another."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
+    """Which AdamW. 8bit and paged (state moves out of a full GPU's memory) are bitsandbytes', with parallel.strategy ddp."""
+    loraplus_lr_ratio: float | None = None
+    """LoRA+: train lora_B (and biases) with so many times the rate of lora_A; default: one rate. 16 is usual, with a lower learning_rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     adam_beta1: float = 0.9
@@ -106,7 +110,7 @@ class TrainArgs:
         yield from positive(
             "train", self, "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "learning_rate", "logging_steps", "eval_steps", "save_steps", "early_stopping_patience",
-            "adam_epsilon", "max_failed_saves", "global_batch_size",
+            "adam_epsilon", "max_failed_saves", "global_batch_size", "loraplus_lr_ratio",
         )  # fmt: skip
         yield from fraction("train", self, "warmup_ratio", "adam_beta1", "adam_beta2")
         if self.max_runtime is not None and seconds(self.max_runtime) is None:

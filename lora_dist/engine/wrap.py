@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dist.config import ModelArgs, RunConfig
+from lora_dist.config import ModelArgs, RunConfig, TrainArgs
 from lora_dist.engine.base import BaseAndPattern, shard_units
 from lora_dist.engine.batch import BatchPlan
 from lora_dist.log import UserError
@@ -56,6 +56,7 @@ def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> Strategy
             "more with as many processes each; leave it out to shard over all of them"
         )
     problems += quantised_problems(config.model, plan.name)
+    problems += optimizer_problems(train, plan.name, world.device)
     offload: dict[str, str] = {}
     if plan.stage is not None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -116,6 +117,29 @@ def quantised_problems(model: ModelArgs, strategy: str) -> list[str]:
     return []
 
 
+def optimizer_problems(train: TrainArgs, strategy: str, device: torch.device) -> list[str]:
+    """What bitsandbytes' optimizers, and groups of parameters with rates of their own, cannot have."""
+    optim, problems = train.optim, []
+    if train.loraplus_lr_ratio is not None and strategy.startswith("zero"):
+        problems.append(
+            f"train.loraplus_lr_ratio: found {train.loraplus_lr_ratio:g} with parallel.strategy {strategy}, expected ddp or fsdp2: DeepSpeed "
+            "0.19 does not hand back the optimizer state of a second group of parameters in stages 1 and 2, and trains it otherwise in stage 3"
+        )
+    if optim == "adamw_torch":
+        return problems
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(f"train.optim: found {optim}, but bitsandbytes is not installed: pip install bitsandbytes")
+    if strategy != "ddp":
+        problems.append(
+            f"train.optim: found {optim} with parallel.strategy {strategy}, expected adamw_torch: its state is cut over the processes there, "
+            "which blocks of 256 elements with one scale cannot be; what is trained is small, so little is lost"
+        )
+    if optim.startswith("paged_") and device.type != "cuda":
+        unpaged = "adamw_8bit" if optim.endswith("8bit") else "adamw_torch"
+        problems.append(f"train.optim: found {optim} on {device.type}, expected a GPU, whose memory it pages; set {unpaged}")
+    return problems
+
+
 def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_size: int) -> tuple[dict[str, Any], list[str]]:
     """DeepSpeed's complete configuration for this run, and notes. Raises UserError where it contradicts the run's."""
     args, train = config.parallel, config.train
@@ -157,7 +181,9 @@ def wrap(
         UserError: the strategy is not in force, or cannot be.
     """
     train = config.train
-    adamw = AdamWArgs((train.adam_beta1, train.adam_beta2), train.adam_epsilon, train.weight_decay)
+    adamw = AdamWArgs(
+        (train.adam_beta1, train.adam_beta2), train.adam_epsilon, train.weight_decay, train.optim, train.loraplus_lr_ratio
+    )
     common: dict[str, Any] = {"adamw": adamw, "max_grad_norm": train.max_grad_norm, "loss_scale": loss_scale}
     strategy: Strategy
     notes: list[str] = []

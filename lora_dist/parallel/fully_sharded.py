@@ -24,7 +24,8 @@ from lora_dist.blocks import Piece
 from lora_dist.parallel.heap import return_freed_memory
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
-from lora_dist.parallel.strategy import AdamWArgs, Reader, StrategyError, TorchStrategy, all_reduce_sum, plain_name
+from lora_dist.parallel.optimizers import AdamWArgs
+from lora_dist.parallel.strategy import Reader, StrategyError, TorchStrategy, all_reduce_sum, plain_name
 
 
 def make_mesh(world: World, *, hybrid: bool) -> DeviceMesh:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from lora_dist.blocks import Piece
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
-from lora_dist.parallel.strategy import AdamWArgs, StrategyError, TorchStrategy, all_reduce_sum
+from lora_dist.parallel.optimizers import AdamWArgs
+from lora_dist.parallel.strategy import StrategyError, TorchStrategy, all_reduce_sum
 
 
 class Replicated(TorchStrategy):

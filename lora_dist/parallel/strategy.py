@@ -21,6 +21,15 @@ from lora_dist.blocks import Piece
 from lora_dist.log import UserError
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
+from lora_dist.parallel.optimizers import (
+    AdamWArgs,
+    check_state_keys,
+    is_scale,
+    load_bitsandbytes_state,
+    make_optimizer,
+    set_rate,
+    state_tensors,
+)  # fmt: skip
 
 
 class StrategyError(UserError):
@@ -43,15 +52,6 @@ class Reader(Protocol):
 def plain_name(name: str) -> str:
     """A parameter's name in the base as it was before PEFT wrapped its linears."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-@dataclass(frozen=True)
-class AdamWArgs:
-    """torch's AdamW; the rate is given with every step."""
-
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,14 @@ class Strategy(ABC):
         )
 
 
-def check_optimizer_tensors(shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def check_optimizer_tensors(
+    shapes: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], args: AdamWArgs
+) -> dict[str, dict[str, Tensor]]:
     """Saved optimizer state by parameter: `{name: {state key: full tensor}}`.
 
     Raises:
-        UserError: a tensor that belongs to no trainable parameter or has another shape, or a parameter without state.
+        UserError: state of another optimizer; a tensor that belongs to no trainable parameter or has another shape; a parameter without
+            state.
     """
     state: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in tensors.items():
@@ -198,7 +201,7 @@ def check_optimizer_tensors(shapes: Mapping[str, torch.Size], tensors: Mapping[s
             raise UserError(
                 f"checkpoint: optimizer state of {name} belongs to no trainable parameter of this run; check adapter.*"
             )
-        if key != "step" and tensor.shape != shapes[name]:
+        if not is_scale(key) and tensor.shape != shapes[name]:
             raise UserError(
                 f"checkpoint: optimizer state of {name} has shape {tuple(tensor.shape)}, expected {tuple(shapes[name])}"
             )
@@ -206,18 +209,18 @@ def check_optimizer_tensors(shapes: Mapping[str, torch.Size], tensors: Mapping[s
     missing = [name for name in shapes if name not in state]
     if missing and tensors:
         raise UserError(f"checkpoint: no optimizer state for {missing[0]} ({len(missing)} such); check adapter.target_modules")
+    for entries in state.values():
+        check_state_keys(entries, args)
     return state
 
 
 class TorchStrategy(Strategy):
-    """What `ddp` and `fsdp2` share: gradients in `p.grad`, torch's fused AdamW on the parameters as they are cut."""
+    """What `ddp` and `fsdp2` share: gradients in `p.grad`, an AdamW on the parameters as they are cut."""
 
     optimizer: torch.optim.Optimizer
 
     def _make_optimizer(self, args: AdamWArgs) -> None:
-        self.optimizer = torch.optim.AdamW(
-            self.trainable.values(), lr=0.0, betas=args.betas, eps=args.eps, weight_decay=args.weight_decay, fused=True
-        )
+        self._adamw, self.optimizer = args, make_optimizer(self.trainable, args)
 
     @abstractmethod
     def _local(self, tensor: Tensor) -> Tensor:
@@ -256,8 +259,7 @@ class TorchStrategy(Strategy):
                 factor *= min(1.0, self.max_grad_norm / (norm + 1e-6))
             if factor != 1.0:
                 torch._foreach_mul_(self._gradients(), factor)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(self.optimizer, rate)
             self.optimizer.step()
         if self.loss_scale is not None:
             self.loss_scale.update(overflow=not finite)
@@ -292,15 +294,18 @@ class TorchStrategy(Strategy):
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return self._gathered(
             {
-                f"{name}.{key}": value.detach()
+                f"{name}.{key}": value
                 for name, parameter in self.trainable.items()
-                for key, value in self.optimizer.state.get(parameter, {}).items()
+                for key, value in state_tensors(self.optimizer, parameter).items()
             }
         )
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, entries in check_optimizer_tensors(self.shapes, tensors).items():
+        for name, entries in check_optimizer_tensors(self.shapes, tensors, self._adamw).items():
             parameter = self.trainable[name]
+            if self._adamw.kind != "adamw_torch":
+                load_bitsandbytes_state(self.optimizer, parameter, entries)
+                continue
             self.optimizer.state[parameter] = {
                 # fused AdamW keeps `step` on the device too
                 key: tensor.to(parameter.device, copy=True) if key == "step" else self._cut(name, tensor)

@@ -29,7 +29,8 @@ from lora_dist.log import UserError
 from lora_dist.parallel.heap import return_freed_memory
 from lora_dist.parallel.launch import World
 from lora_dist.parallel.loss_scale import LossScale
-from lora_dist.parallel.strategy import AdamWArgs, Reader, Strategy, StrategyError, Update, check_optimizer_tensors, plain_name
+from lora_dist.parallel.optimizers import AdamWArgs, make_optimizer, set_rate
+from lora_dist.parallel.strategy import Reader, Strategy, StrategyError, Update, check_optimizer_tensors, plain_name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -149,9 +150,7 @@ class Zero(Strategy):
             _limit_gathered(config["zero_optimization"], model, world.device)
             self._partition(deepspeed, model, config, reader)
         trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            trainable.values(), lr=0.0, betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay, fused=True
-        )
+        self._adamw, optimizer = adamw, make_optimizer(trainable, adamw)
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         self.model, self.module = model, self.engine  # its forward pass tells the parameters that they may be gathered
         self.trainable = trainable
@@ -200,8 +199,7 @@ class Zero(Strategy):
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
 
     def update(self, rate: float) -> Update:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.engine.optimizer, rate)
         self.engine.step()
         overflow = bool(self.engine.optimizer.overflow)
         if self.loss_scale is not None:
@@ -292,7 +290,7 @@ class Zero(Strategy):
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        state = check_optimizer_tensors(self.shapes, tensors)
+        state = check_optimizer_tensors(self.shapes, tensors, self._adamw)
         if not state:
             return
         self._take_empty_step()
