@@ -1,5 +1,13 @@
-"""Block-masked LoRA as a PEFT method. Importing this package makes PEFT know the adapter type `BLOCK_LORA`."""
+"""Adapters through PEFT, masked and not. Importing this package makes PEFT know the masked types (`BLOCK_LORA`, `BLOCK_ADALORA`)."""
 
+from lora_dist.adapter.adalora import (
+    ADALORA_TYPE,
+    Allocation,
+    BlockAdaLoraConfig,
+    BlockAdaLoraModel,
+    make_allocation,
+    split_allocation,
+)
 from lora_dist.adapter.attach import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -7,42 +15,60 @@ from lora_dist.adapter.attach import (
     adapter_tensors,
     attach_adapter,
     is_masked,
-    layer_update,
     load_adapter,
     load_adapter_tensors,
-    lora_layers,
-    merge_adapter,
     read_adapter_config,
     read_adapter_tensors,
+    read_quantisation,
     save_adapter,
-    update_outside_mask,
 )
-from lora_dist.adapter.config import PEFT_TYPE, BlockLoraConfig, BlockLoraModel, register
+from lora_dist.adapter.config import PEFT_TYPE, BlockLoraConfig, BlockLoraModel, PatternConfig, register
+from lora_dist.adapter.kinds import ADAPTER_TYPES, adapter_type, describe
 from lora_dist.adapter.layer import BlockLoraLinear
 from lora_dist.adapter.product import masked_delta, masked_product
+from lora_dist.adapter.updates import (
+    bias_update,
+    is_adapter_parameter,
+    layer_update,
+    lora_layers,
+    merge_adapter,
+    update_outside_mask,
+)
 
-register()
+register(PEFT_TYPE, BlockLoraConfig, BlockLoraModel)
+register(ADALORA_TYPE, BlockAdaLoraConfig, BlockAdaLoraModel)
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_FILE",
+    "ADAPTER_TYPES",
     "PEFT_TYPE",
+    "Allocation",
+    "BlockAdaLoraConfig",
     "BlockLoraConfig",
     "BlockLoraLinear",
     "BlockLoraModel",
+    "PatternConfig",
     "adapter_folder",
     "adapter_tensors",
+    "adapter_type",
     "attach_adapter",
+    "bias_update",
+    "describe",
+    "is_adapter_parameter",
     "is_masked",
     "layer_update",
     "load_adapter",
     "load_adapter_tensors",
     "lora_layers",
+    "make_allocation",
     "masked_delta",
     "masked_product",
     "merge_adapter",
     "read_adapter_config",
     "read_adapter_tensors",
+    "read_quantisation",
     "save_adapter",
+    "split_allocation",
     "update_outside_mask",
 ]

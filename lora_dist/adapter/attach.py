@@ -7,27 +7,31 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.adapter.config import PEFT_TYPE, BlockLoraConfig
+from lora_dist.adapter.config import PatternConfig
+from lora_dist.adapter.kinds import ADAPTER_TYPES, make_config, respects_pattern
+from lora_dist.adapter.updates import lora_layers
 from lora_dist.blocks import MASK_FILE, Pattern, find_linears
 from lora_dist.log import GuardError, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+QUANTISATION_FILE = "base_quantization.json"
+"""how the base was quantised that the adapter was trained on, as transformers writes it into a config.json"""
 
 
-def check_target_modules(model: nn.Module, target_modules: Sequence[str]) -> None:
+def check_target_modules(model: nn.Module, target_modules: Sequence[str], *, key: str = "adapter.target_modules") -> None:
     """Every name must match a linear of the model.
 
     Raises:
@@ -41,8 +45,7 @@ def check_target_modules(model: nn.Module, target_modules: Sequence[str]) -> Non
     if unmatched:
         leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
         raise UserError(
-            f"adapter.target_modules: {', '.join(unmatched)} match no linear of this model, expected some of "
-            f"{', '.join(leaves)}, or all-linear"
+            f"{key}: {', '.join(unmatched)} match no linear of this model, expected some of {', '.join(leaves)}, or all-linear"
         )
 
 
@@ -79,33 +82,80 @@ def attach_adapter(
     use_rslora: bool = False,
     form: str = "auto",
     base_fingerprint: str = "",
+    adapter_type: str = "lora",
+    init_lora_weights: bool | str = True,
+    adalora: Mapping[str, Any] | None = None,
+    feedforward_modules: Sequence[str] = (),
+    weight_OI: Callable[[str], Tensor] | None = None,
+    task_type: str = "CAUSAL_LM",
+    modules_to_save: Sequence[str] = (),
 ) -> PeftModel:
     """Wrap `model` with a new adapter, float32, its base frozen.
 
     Args:
-        pattern: what the update must respect; None for plain LoRA (a stock PEFT adapter).
+        pattern: what the update must respect; None for a stock PEFT adapter. IA3 respects any and is a stock one always.
         form: factorised, dense or auto; how a masked update is computed.
+        adapter_type: lora, dora, adalora or ia3.
+        init_lora_weights: true or gaussian; `lora_B` is zero either way, so that the start is the base itself.
+        adalora: PEFT's fields of that name, those that are not at their defaults.
+        feedforward_modules: of IA3; empty takes what PEFT knows for this architecture, `none` none.
+        weight_OI: reads a base weight by its linear's name, where the model holds placeholders only.
+        modules_to_save: trained whole beside the adapter, and saved with it.
 
     Returns:
-        The PEFT model; `lora_A` drawn from torch's global generator, `lora_B` zero.
+        The PEFT model; `lora_A` drawn from torch's global generator.
 
     Raises:
-        UserError: target modules that match nothing.
+        UserError: target modules that match nothing; unmasked DoRA on a base with rows of zeros.
     """
     check_target_modules(model, target_modules)
+    if feedforward_modules and list(feedforward_modules) != ["none"]:
+        check_target_modules(model, feedforward_modules, key="adapter.feedforward_modules")
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
-    common: dict[str, Any] = {
-        "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": targets, "use_rslora": use_rslora,
-        "task_type": "CAUSAL_LM",
-    }  # fmt: skip
-    if pattern is None:
-        # PEFT asks for the flag where the base stores weights as (I, O), and warns otherwise.
-        transposed = any(linear.transposed for linear in find_linears(model))
-        config = LoraConfig(**common, fan_in_fan_out=transposed)
-    else:
-        config = BlockLoraConfig(**common, form=form, base_fingerprint=base_fingerprint).with_pattern(pattern)
+    common: dict[str, Any] = {"target_modules": targets, "task_type": task_type}
+    if modules_to_save:
+        common["modules_to_save"] = list(modules_to_save)
+    config = make_config(
+        model,
+        adapter_type,
+        pattern,
+        common,
+        lora={
+            "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
+            "init_lora_weights": init_lora_weights,
+        },
+        adalora=adalora or {},
+        feedforward_modules=feedforward_modules,
+        form=form,
+        base_fingerprint=base_fingerprint,
+    )  # fmt: skip
     with _without_pefts_own_warnings():
-        return get_peft_model(model, config)
+        wrapped = get_peft_model(model, config)
+    if isinstance(config, IA3Config) and targets == "all-linear":
+        # PEFT has put every linear's own name for all-linear, and reads such a file only if these are names from among them.
+        config.feedforward_modules = {name for name, layer in lora_layers(wrapped) if layer.is_feedforward}
+    if adapter_type == "dora":
+        _start_magnitudes(wrapped, weight_OI, masked=pattern is not None)
+    return wrapped
+
+
+@torch.no_grad()
+def _start_magnitudes(model: PeftModel, weight_OI: Callable[[str], Tensor] | None, *, masked: bool) -> None:
+    """DoRA starts from the row norms of the base: read them where the model has placeholders only.
+
+    Raises:
+        UserError: a row of zeros under PEFT's own DoRA, which divides by its norm.
+    """
+    for name, layer in lora_layers(model):
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        if weight_OI is not None:
+            norm_O = torch.linalg.vector_norm(weight_OI(name).float(), dim=1)
+            magnitude.copy_(torch.where(norm_O > 0, norm_O, torch.ones_like(norm_O)) if masked else norm_O)
+        if not masked and not bool((magnitude > 0).all()):
+            raise UserError(
+                f"adapter.type: found dora with adapter.mask none, but row {int((magnitude > 0).long().argmin())} of {name} is all zeros and "
+                "DoRA divides by its norm: set adapter.mask auto, or another type"
+            )
 
 
 def adapter_tensors(model: PeftModel, full: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -126,11 +176,14 @@ def save_adapter(model: PeftModel, folder: Path, tensors: Mapping[str, Tensor]) 
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
     save_file(dict(tensors), str(folder / ADAPTER_FILE), metadata={"format": "pt"})
+    quantised = getattr(model.get_base_model().config, "quantization_config", None)
+    if quantised is not None:
+        (folder / QUANTISATION_FILE).write_text(json.dumps(quantised, indent=2), encoding="utf-8")
     mode = (folder / ADAPTER_CONFIG).stat().st_mode
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)  # safetensors makes its files readable for their owner only
     files = [folder / ADAPTER_CONFIG, folder / ADAPTER_FILE]
-    return [*files, folder / MASK_FILE] if config.peft_type == PEFT_TYPE else files
+    return [*files, folder / MASK_FILE] if isinstance(config, PatternConfig) else files
 
 
 def read_adapter_tensors(model: PeftModel, folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
@@ -183,11 +236,29 @@ def adapter_folder(folder: str | Path) -> Path:
     return below[0] if len(below) == 1 and not (Path(folder) / ADAPTER_CONFIG).is_file() else Path(folder)
 
 
+def read_quantisation(folder: str | Path) -> dict[str, Any] | None:
+    """How the base of the adapter in `folder` was quantised in training; None where it was not.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    file = Path(folder) / QUANTISATION_FILE
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"adapter: {file} cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"adapter: {file} holds {type(found).__name__}, expected how a base is quantised")
+    return found
+
+
 def read_adapter_config(folder: str | Path) -> PeftConfig:
     """The config in an adapter folder.
 
     Raises:
-        UserError: no such folder or file, or a kind of adapter that is not LoRA.
+        UserError: no such folder or file, or a kind of adapter that is not among `ADAPTER_TYPES`.
     """
     if not (Path(folder) / ADAPTER_CONFIG).is_file():
         raise UserError(f"adapter: found no {ADAPTER_CONFIG} in {folder}, expected a folder that train wrote")
@@ -199,8 +270,8 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
         if isinstance(error, UserError):
             raise
         raise UserError(f"adapter: {folder}/{ADAPTER_CONFIG} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"adapter: {folder} is of type {config.peft_type}, expected LORA or {PEFT_TYPE}")
+    if not isinstance(config, LoraConfig | IA3Config):
+        raise UserError(f"adapter: {folder} is of type {config.peft_type}, expected one of {', '.join(ADAPTER_TYPES)}")
     return config
 
 
@@ -216,7 +287,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
         GuardError: an adapter of another base or pattern.
     """
     config = read_adapter_config(folder)
-    if isinstance(config, BlockLoraConfig):
+    if isinstance(config, PatternConfig):
         if base_fingerprint and config.base_fingerprint and base_fingerprint != config.base_fingerprint:
             raise GuardError(
                 f"adapter: {folder} was trained on base {config.base_fingerprint[:12]}, the base given is {base_fingerprint[:12]}: "
@@ -240,41 +311,5 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
 
 
 def is_masked(model: PeftModel) -> bool:
-    """Whether the model's adapter respects a pattern."""
-    return isinstance(model.peft_config["default"], BlockLoraConfig)
-
-
-def update_outside_mask(updates: Iterable[tuple[str, Tensor]], pattern: Pattern) -> float:
-    """Share of a plain adapter's squared update that falls on pruned weights, 0 to 1: what `--project` would throw away.
-
-    Args:
-        updates: (name in the base, delta_OI) of every adapted linear.
-    """
-    lost = total = 0.0
-    for name, delta_OI in updates:
-        total += float(delta_OI.square().sum())
-        if name in pattern:
-            lost += float(delta_OI[~pattern[name].expand(delta_OI.device)].square().sum())
-    return lost / total if total else 0.0
-
-
-def layer_update(layer: Any) -> Tensor:
-    """delta_OI of one adapted linear, float32."""
-    delta = layer.get_delta_weight("default").detach().float()
-    return delta.T if getattr(layer, "fan_in_fan_out", False) else delta
-
-
-def lora_layers(model: PeftModel) -> Iterable[tuple[str, Any]]:
-    """(name in the base, layer) of every linear that carries the adapter."""
-    prefix = "base_model.model."
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
-            yield name.removeprefix(prefix), module
-
-
-def merge_adapter(model: PeftModel) -> nn.Module:
-    """Add the update to the base weights and return the bare base, all of it in the base's own dtype."""
-    with torch.no_grad():
-        merged = model.merge_and_unload(safe_merge=True)
-    assert isinstance(merged, nn.Module)
-    return merged
+    """Whether the model's adapter keeps the zeros of its base."""
+    return respects_pattern(model.peft_config["default"])

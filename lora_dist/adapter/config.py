@@ -1,8 +1,9 @@
-"""`BlockLoraConfig`: a LoRA that respects a pattern, saved so that plain PEFT refuses it.
+"""Configs of adapters that respect a pattern, saved so that plain PEFT refuses them: `PatternConfig`, and `BlockLoraConfig` for LoRA
+and (`use_dora`) DoRA; AdaLoRA's is in `adapter/adalora.py`.
 
 Plain PEFT ignores keys that it does not know and would load a masked adapter as a dense one, silently wrong. So masked adapters
-carry a `peft_type` of their own, `BLOCK_LORA`, which loads once `lora_dist` is imported. The mask file travels with the config:
-`save_pretrained` writes it, `from_pretrained` reads it and proves its digest.
+carry a `peft_type` of their own, such as `BLOCK_LORA`, which loads once `lora_dist` is imported. The mask file travels with the
+config: `save_pretrained` writes it, `from_pretrained` reads it and proves its digest.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub import hf_hub_download
 from peft import LoraConfig, LoraModel
@@ -27,14 +28,14 @@ PEFT_TYPE = "BLOCK_LORA"
 _SUPPORTED = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "modules_to_save", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "init_lora_weights", "task_type", "peft_type",
-    "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "runtime_config",
+    "use_dora", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version", "runtime_config",
     "pattern_digest", "base_fingerprint", "form",
 }  # fmt: skip
 
 
 @dataclass
-class BlockLoraConfig(LoraConfig):
-    """`peft.LoraConfig` with a pattern.
+class PatternConfig(LoraConfig):
+    """`peft.LoraConfig`, or a class derived from it, with a pattern. Not used by itself.
 
     Fields of its own are saved in `adapter_config.json`; the pattern itself goes to `block_mask.safetensors` beside it.
     """
@@ -45,10 +46,8 @@ class BlockLoraConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
         self._pattern: Pattern | None = None
         self._refuse_unsupported()
-        self._register_custom_module({nn.Linear: BlockLoraLinear, Conv1D: BlockLoraLinear})
 
     def _refuse_unsupported(self) -> None:
         defaults = {f.name: f for f in dataclasses.fields(LoraConfig)}
@@ -68,10 +67,12 @@ class BlockLoraConfig(LoraConfig):
     def pattern(self) -> Pattern:
         """The pattern; raises ValueError where none was attached."""
         if self._pattern is None:
-            raise ValueError("BlockLoraConfig has no pattern: use lora_dist.attach_block_lora or config.with_pattern(pattern)")
+            raise ValueError(
+                f"{type(self).__name__} has no pattern: use lora_dist.attach_block_lora or config.with_pattern(pattern)"
+            )
         return self._pattern
 
-    def with_pattern(self, pattern: Pattern) -> BlockLoraConfig:
+    def with_pattern(self, pattern: Pattern) -> Self:
         """Attach the pattern to respect (in place) and note its digest.
 
         Raises:
@@ -94,7 +95,7 @@ class BlockLoraConfig(LoraConfig):
         self.pattern.save(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> BlockLoraConfig:
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if folder.is_dir():
@@ -104,13 +105,23 @@ class BlockLoraConfig(LoraConfig):
         return config.with_pattern(Pattern.load(mask_file))
 
 
+@dataclass
+class BlockLoraConfig(PatternConfig):
+    """`peft.LoraConfig` with a pattern; with `use_dora` the scaled rows are those of W + masked update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        self._register_custom_module({nn.Linear: BlockLoraLinear, Conv1D: BlockLoraLinear})
+
+
 class BlockLoraModel(LoraModel):
     """PEFT's LoRA tuner, under the name that masked adapters are saved with."""
 
 
-def register() -> None:
-    """Make PEFT know `BLOCK_LORA`. PEFT's own registration wants a member of its enum and a prefix of its own, so the maps are
+def register(peft_type: str, config: type[PatternConfig], tuner: type[LoraModel]) -> None:
+    """Make PEFT know a masked type. PEFT's own registration wants a member of its enum and a prefix of its own, so the maps are
     filled here; the keys' prefix stays `lora_`, as in any LoRA file. Called when `lora_dist.adapter` is imported."""
-    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = BlockLoraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = BlockLoraModel
-    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = "lora_"
+    PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config
+    PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[peft_type] = "lora_"

@@ -1,7 +1,8 @@
 """Block-masked LoRA as a PEFT layer: `lora.Linear` whose update is exactly zero where the base is pruned.
 
 `dW = s (BA) * (mask (x) 1_bxb)`. PEFT does the rest: names, saving, merging (`get_delta_weight`), several adapters on one layer.
-A layer whose mask keeps everything, or that is not in the pattern, computes plain LoRA.
+A layer whose mask keeps everything, or that is not in the pattern, computes plain LoRA. With `use_dora`, rows of W + dW are scaled
+as `adapter/dora.py` says.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from lora_dist.adapter.dora import BlockDoraVariant
 from lora_dist.adapter.product import masked_delta, masked_product
-from lora_dist.blocks import BlockMask, Mask, is_transposed
+from lora_dist.blocks import BlockMask, Mask, Pattern, is_transposed
 
 
 def factorised_is_cheaper(shape: tuple[int, int], block: int, rank: int, dtype: torch.dtype, device_type: str) -> bool:
@@ -31,6 +33,30 @@ def factorised_is_cheaper(shape: tuple[int, int], block: int, rank: int, dtype: 
     return small_product_penalty * rank * (I + P * Q + O) < 3.0 * O * I
 
 
+def is_factorised(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
+    """Which form of the product to take for `form` (factorised, dense or auto)."""
+    if form != "auto":
+        return form == "factorised"
+    return isinstance(mask, BlockMask) and factorised_is_cheaper(mask.shape, mask.block, rank, x.dtype, x.device.type)
+
+
+def layer_mask(pattern: Pattern, name: str, shape: tuple[int, int]) -> Mask | None:
+    """A layer's mask; None where nothing is pruned.
+
+    Raises:
+        ValueError: the pattern is of another model.
+    """
+    mask = pattern.get(name)
+    if mask is not None and mask.shape != shape:
+        raise ValueError(f"layer {name}: the pattern's mask is of shape {mask.shape}, the weight of {shape}")
+    return None if mask is None or mask.keeps_all else mask
+
+
+def kept_of(mask: Mask) -> Tensor:
+    """What `adapter/product.py` takes: bool (P, Q) of tiles, or packed uint8 bits of single weights."""
+    return mask.kept_PQ if isinstance(mask, BlockMask) else mask.bits
+
+
 class BlockLoraLinear(LoraLinear):
     """LoRA on `nn.Linear` or `Conv1D` whose update respects a mask. Built by PEFT from a `BlockLoraConfig`."""
 
@@ -40,7 +66,11 @@ class BlockLoraLinear(LoraLinear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
         kwargs["is_target_conv_1d_layer"] = bool(is_transposed(getattr(base_layer, "base_layer", base_layer)))
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
-        self.fan_in_fan_out = self.is_target_conv_1d_layer
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """PEFT's table of what a layer can do beside plain LoRA."""
+        return {(): None, ("use_dora",): BlockDoraVariant}
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
         """Add an adapter; its mask comes from the config's pattern, under this layer's name."""
@@ -48,19 +78,13 @@ class BlockLoraLinear(LoraLinear):
             self.lora_kept = BufferDict({}, persistent=False)
             self.lora_mask: dict[str, Mask | None] = {}
             self.lora_form: dict[str, str] = {}
-        name = kwargs["target_name"]
-        mask = config.pattern.get(name)
-        if mask is not None and mask.shape != (self.out_features, self.in_features):
-            raise ValueError(
-                f"layer {name}: the pattern's mask is of shape {mask.shape}, the weight of {(self.out_features, self.in_features)}"
-            )
-        self.lora_mask[adapter_name] = None if mask is None or mask.keeps_all else mask
+        self.fan_in_fan_out = bool(is_transposed(self.get_base_layer()))
+        mask = layer_mask(config.pattern, kwargs["target_name"], (self.out_features, self.in_features))
+        self.lora_mask[adapter_name] = mask
         self.lora_form[adapter_name] = config.form
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        if mask is not None and not mask.keeps_all:
-            device = self.lora_A[adapter_name].weight.device
-            kept = mask.kept_PQ if isinstance(mask, BlockMask) else mask.bits
-            self.lora_kept[adapter_name] = kept.to(device)
+        if mask is not None:
+            self.lora_kept[adapter_name] = kept_of(mask).to(self.lora_A[adapter_name].weight.device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -84,24 +108,21 @@ class BlockLoraLinear(LoraLinear):
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in self.active_adapters:
-            if adapter in self.lora_A:
-                result = result + self._update(adapter, x.to(dtype))
+            if adapter in self.lora_variant:
+                result = self.lora_variant[adapter].forward(self, active_adapter=adapter, x=x.to(dtype), result=result)
+            elif adapter in self.lora_A:
+                result = result + self.update(adapter, self.lora_dropout[adapter](x.to(dtype)))
         return result.to(dtype)
 
-    def _update(self, adapter: str, x: Tensor) -> Tensor:
-        """The adapter's share of the output, in x's dtype."""
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """x @ dW^T, in x's dtype; dropout is the caller's."""
         A_RI, B_OR = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        x, mask, scale = self.lora_dropout[adapter](x), self.lora_mask[adapter], self.scaling[adapter]
+        mask, scale = self.lora_mask[adapter], self.scaling[adapter]
         if mask is None:
             with torch.autocast(x.device.type, enabled=False):
                 return nn.functional.linear(nn.functional.linear(x, A_RI.to(x.dtype)), B_OR.to(x.dtype)) * scale
-        form = self.lora_form[adapter]
-        if form == "auto":
-            block_mask = isinstance(mask, BlockMask)
-            cheaper = block_mask and factorised_is_cheaper(mask.shape, mask.block, self.r[adapter], x.dtype, x.device.type)
-            form = "factorised" if cheaper else "dense"
-        kept = self.lora_kept[adapter]
-        return masked_product(x, A_RI, B_OR, kept, mask.block, scale, factorised=form == "factorised")
+        factorised = is_factorised(self.lora_form[adapter], mask, self.r[adapter], x)
+        return masked_product(x, A_RI, B_OR, self.lora_kept[adapter], mask.block, scale, factorised=factorised)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "lora_dist.", 1)

@@ -41,27 +41,99 @@ class ModelArgs:
 
 @dataclass
 class AdapterArgs:
-    """The LoRA that is trained."""
+    """The adapter that is trained."""
 
+    type: Literal["lora", "dora", "adalora", "ia3"] = "lora"
+    """Kind of adapter, as PEFT names it; each can respect a pattern."""
     r: int = 8
-    """Rank."""
+    """Rank; of lora and dora."""
     lora_alpha: float = 16
-    """Scale: the update is multiplied by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora)."""
+    """Scale: the update is multiplied by lora_alpha / r (lora_alpha / sqrt(r) with use_rslora; lora_alpha / init_r for adalora)."""
     lora_dropout: float = 0.05
-    """Dropout on the adapter's input."""
+    """Dropout on the adapter's input; not for ia3."""
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linears that get an adapter, or all-linear."""
     use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r)."""
+    """Scale by lora_alpha / sqrt(r); of lora and dora."""
+    init_lora_weights: bool | str = True
+    """First values of lora_A: true (uniform, as a linear's) or gaussian; lora_B starts at zero, the base is never changed."""
+    target_r: int | None = None
+    """adalora: average rank to end with (default 8)."""
+    init_r: int | None = None
+    """adalora: rank to start with (default 12)."""
+    tinit: int | None = None
+    """adalora: steps before the ranks are reduced (default 0)."""
+    tfinal: int | None = None
+    """adalora: last steps, with the ranks fixed (default 0)."""
+    deltaT: int | None = None
+    """adalora: steps between two allocations (default 1)."""
+    beta1: float | None = None
+    """adalora: smoothing of the importance (default 0.85)."""
+    beta2: float | None = None
+    """adalora: smoothing of its uncertainty (default 0.85)."""
+    orth_reg_weight: float | None = None
+    """adalora: weight of the orthogonal regularisation (default 0.5)."""
+    feedforward_modules: list[str] = field(default_factory=list)
+    """ia3: targets whose input is scaled instead of the output; empty: PEFT's choice for the architecture; none."""
     mask: Literal["auto", "block", "element", "none"] = "auto"
-    """What the update respects: block (16x16 tiles; refused on a base without them), element, none (plain LoRA), auto (what the base has)."""
+    """What the update respects: block (16x16 tiles; refused on a base without them), element, none (plain), auto (what the base has)."""
     block: int = 16
     """Side of a tile, where the pattern has to be found in the weights."""
     form: Literal["auto", "factorised", "dense"] = "auto"
     """How the masked update is computed; both are exact, auto picks the cheaper."""
+
+    @property
+    def adalora(self) -> dict[str, float]:
+        """What is set of adalora's own options, under PEFT's names."""
+        return {name: value for name in ADALORA if (value := getattr(self, name)) is not None}
 
     def problems(self) -> Iterator[str]:
         yield from positive("adapter", self, "r", "lora_alpha", "block")
         yield from fraction("adapter", self, "lora_dropout")
         if not self.target_modules:
             yield "adapter.target_modules: found an empty list, expected module names or all-linear"
+        if self.init_lora_weights not in (True, "gaussian"):
+            yield (
+                f"adapter.init_lora_weights: found {self.init_lora_weights}, expected true or gaussian (others change the frozen base, or "
+                "do not start from it exactly)"
+            )
+        yield from self._of_other_types()
+        yield from self._adalora_problems()
+        targets = self.target_modules
+        strange = [n for n in self.feedforward_modules if n != "none" and targets != ["all-linear"] and n not in targets]
+        if strange:
+            yield f"adapter.feedforward_modules: found {', '.join(strange)}, expected some of adapter.target_modules"
+
+    def _of_other_types(self) -> Iterator[str]:
+        """Options that the type would ignore."""
+        defaults = type(self).__dataclass_fields__
+        for types, names in OPTIONS_OF_TYPES:
+            for name in names if self.type not in types else ():
+                default = [] if name == "feedforward_modules" else defaults[name].default
+                if getattr(self, name) != default:
+                    remedy = "; adalora's rank is init_r and target_r" if name == "r" and self.type == "adalora" else ""
+                    yield f"adapter.{name}: found with adapter.type {self.type}, expected {' or '.join(types)}{remedy}: leave it out"
+
+    def _adalora_problems(self) -> Iterator[str]:
+        if self.type != "adalora":
+            return
+        set_ = {name: getattr(self, name) for name in self.adalora}
+        for name, low in (("target_r", 1), ("init_r", 2), ("tinit", 0), ("tfinal", 0), ("deltaT", 1), ("orth_reg_weight", 0)):
+            if name in set_ and set_[name] < low:
+                yield f"adapter.{name}: found {set_[name]}, expected {low} or more"
+        for name in ("beta1", "beta2"):
+            if name in set_ and not 0 < set_[name] < 1:
+                yield f"adapter.{name}: found {set_[name]}, expected more than 0 and less than 1"
+        target_r, init_r = set_.get("target_r", 8), set_.get("init_r", 12)
+        if target_r >= init_r:
+            yield f"adapter.target_r, adapter.init_r: found {target_r} and {init_r}, expected a target below the rank to start with"
+
+
+ADALORA = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+OPTIONS_OF_TYPES = (
+    (("lora", "dora"), ("r", "use_rslora", "init_lora_weights")),
+    (("lora", "dora", "adalora"), ("lora_alpha", "lora_dropout", "form")),
+    (("adalora",), ADALORA),
+    (("ia3",), ("feedforward_modules",)),
+)
+"""which types take an option; for the others it is an error when it is set"""

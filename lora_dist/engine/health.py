@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_dist.adapter import read_adapter_tensors
+from lora_dist.adapter import read_adapter_tensors, split_allocation
 from lora_dist.data.loader import StepBatch
 from lora_dist.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from lora_dist.engine.saver import Saver
@@ -139,7 +139,10 @@ class Health:
         """Adapter, optimizer and state of a checkpoint; the data goes on at `cursor`."""
         p, state = self._parts, self._parts.state
         p.strategy.load_trainable(read_adapter_tensors(p.model, checkpoint.adapter, p.strategy.shapes))
-        p.strategy.load_optimizer_tensors(checkpoint.optimizer)
+        optimizer, ranks = split_allocation(checkpoint.optimizer)
+        p.strategy.load_optimizer_tensors(optimizer)
+        if p.allocation is not None:
+            p.allocation.load(ranks)
         kept = {
             "cursor": cursor,
             "rollbacks": state.rollbacks + 1,

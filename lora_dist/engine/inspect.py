@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lora_dist.adapter import ADAPTER_CONFIG, ADAPTER_FILE, BlockLoraConfig, adapter_folder, read_adapter_config
+from lora_dist.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PatternConfig,
+    adapter_folder,
+    adapter_type,
+    describe,
+    read_adapter_config,
+)
 from lora_dist.arguments import InspectArgs
 from lora_dist.blocks import MASK_FILE, BlockMask, LayerStats, NamedLinear, Pattern
 from lora_dist.engine.pattern import base_pattern, zero_share
@@ -52,23 +60,25 @@ def inspect(args: InspectArgs) -> Inspection:
 
 def _adapter(folder: Path) -> Inspection:
     config = read_adapter_config(folder)
-    pattern = config.pattern if isinstance(config, BlockLoraConfig) else None
+    pattern = config.pattern if isinstance(config, PatternConfig) else None
     found = Inspection("adapter", pattern, "stored" if pattern else "none", pattern.stats() if pattern else [])
-    found.facts += [f"rank {config.r}, alpha {config.lora_alpha:g}, {'block-masked' if pattern else 'plain'} LoRA"]
+    found.facts += [describe(config)]
     if not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"PATH: found no {ADAPTER_FILE} in {folder}")
     tensors = load_file(str(folder / ADAPTER_FILE))
-    if isinstance(config, BlockLoraConfig) and config.base_fingerprint:
+    if isinstance(config, PatternConfig) and config.base_fingerprint:
         found.facts.append(f"trained on base {config.base_fingerprint[:12]}")
     found.facts.append(f"{sum(t.numel() for t in tensors.values()):,} parameters in {len(tensors)} tensors")
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
         found.findings.append(f"{len(bad)} tensors are not finite, first {bad[0]}: the training diverged")
-    moved = [name for name, tensor in tensors.items() if "lora_B" in name and tensor.any()]
-    if not moved:
-        found.findings.append("every lora_B is zero: this adapter was never trained and changes nothing")
+    kind = adapter_type(config)
+    start, value = {"adalora": ("lora_E", 0), "ia3": ("ia3_l", 1)}.get(kind, ("lora_B", 0))
+    if kind != "dora" and not any(start in name and bool((tensor != value).any()) for name, tensor in tensors.items()):
+        word = "zero" if value == 0 else "one"
+        found.findings.append(f"every {start} is {word}: this adapter was never trained and changes nothing")
     if pattern is not None:
-        targets = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors}
+        targets = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors if ".lora_" in name}
         unknown = sorted(t for t in targets if t not in pattern)
         if unknown:
             found.facts.append(f"{len(unknown)} adapted linears are outside the pattern (dense update), first {unknown[0]}")

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from lora_dist.adapter import BlockLoraConfig, attach_adapter
+from lora_dist.adapter import PatternConfig, attach_adapter
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.engine.pattern import adapter_pattern, base_pattern
 from lora_dist.log import GuardError
@@ -85,7 +85,7 @@ class GuardCallback(TrainerCallback):
 
     def __init__(self, model: Any, every: int = 100, sample_chunks: int = 8):
         config = model.peft_config[model.active_adapter]
-        pattern = config.pattern if isinstance(config, BlockLoraConfig) else None
+        pattern = config.pattern if isinstance(config, PatternConfig) else None
         inner = model.get_base_model()
         transposed = {_plain(linear.name) for linear in prunable_linears(inner) if linear.transposed}
         base = {_plain(name): p for name, p in inner.named_parameters() if not p.requires_grad}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lora_dist.adapter import is_adapter_parameter
 from lora_dist.arguments import EvalArgs
 from lora_dist.data.corpus import Corpus, TokenStream, read_corpus, token_stream
 from lora_dist.data.files import EXTENSIONS
@@ -235,7 +236,7 @@ class Measures:
         # A shared parameter comes once, and where the model is cut, one that is whole on every process counts on rank 0.
         counted = not self._sharded or self.world.is_main
         named = [(name, p) for name, p in opened.model.named_parameters() if counted or hasattr(p, "to_local")]
-        parts = [weight_bytes(p for name, p in named if ("lora_" in name) is adapter) for adapter in (False, True)]
+        parts = [weight_bytes(p for name, p in named if is_adapter_parameter(name) is adapter) for adapter in (False, True)]
         sums = [float(value) for part in parts for value in (part.parameters, part.total, part.nonzero)]
         parameters, base, nonzero, _, adapter, _ = map(int, self.world.sum(sums) if self._sharded else sums)
         block = found.pattern.block if found.pattern is not None and found.pattern.kind == "block" else 16

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_dist.adapter import layer_update, lora_layers, merge_adapter, update_outside_mask
+from lora_dist.adapter import bias_update, is_adapter_parameter, layer_update, lora_layers, merge_adapter, update_outside_mask
 from lora_dist.arguments import MergeArgs
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.engine.base import make_guard, require_finite
-from lora_dist.engine.open_model import OpenModel, open_model
+from lora_dist.engine.open_model import OpenModel, adapter_quantisation, open_model
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.export import StreamedModel, check_output, plan_shards, prove_zeros, save_model
+from lora_dist.models.quantised import Quantisation
 from lora_dist.parallel import World, plain_name
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -45,6 +46,21 @@ class MergeReport:
     """the same with merged weights held in float32, before rounding to the written precision"""
     update_lost: float
     """share of the squared update that fell on pruned weights and was set to zero (--project), else 0"""
+    quantised: QuantisedReport | None = None
+    """where the adapter was trained on a quantised base"""
+
+
+@dataclass(frozen=True)
+class QuantisedReport:
+    """Logits of an adapter of a quantised base, in float32; differences as in `MergeReport`."""
+
+    quantisation: str
+    into: str
+    """dequantised or original: what it was merged into"""
+    logits_error: float
+    """merged against the quantised base with its adapter; int8 quantises inputs as well, and no ordinary weights can do that"""
+    other_logits_difference: float
+    """the adapter on de-quantised weights against the adapter on stored ones"""
 
 
 @torch.no_grad()
@@ -66,15 +82,9 @@ def merge(args: MergeArgs, world: World) -> MergeReport:
         GuardError: adapter of another base; a pruned tile that is not zero. Nothing is left in OUT.
     """
     world.on_main(lambda: check_output(args.out))
-    opened = open_model(
-        args.base,
-        args.adapter,
-        world=world,
-        strategy=args.strategy,
-        config_name=args.config_name,
-        dtype=torch.float32,  # the sum is made in float32 and rounded once
-        trust_remote_code=args.trust_remote_code,
-    )
+    trained_on = adapter_quantisation(args.adapter)
+    probes = _probe_forms(args, world, trained_on)
+    opened = _open(args, world, "dequantised" if trained_on is None else args.into)
     pattern = opened.found.pattern
     plain_on_pruned = not opened.masked and pattern is not None
     if plain_on_pruned and not (args.project or args.densify):
@@ -91,20 +101,51 @@ def merge(args: MergeArgs, world: World) -> MergeReport:
     merging = merge_sharded if opened.sharded is not None else merge_whole
     errors = merging(opened, world, Path(args.out), project=project, kept=kept, dtype=dtype)
     transposed = {linear.name for linear in opened.linears if linear.transposed}
+    quantised = None
+    if trained_on is not None:
+        other = relative_difference(probes["original"], probes["dequantised"])
+        quantised = QuantisedReport(str(trained_on), args.into, relative_difference(errors.logits, probes["quantised"]), other)
 
     def prove() -> MergeReport:
         try:
+            if trained_on is not None and trained_on.bits == 4 and args.into == "dequantised":
+                assert quantised is not None
+                check_logits(quantised.logits_error, project=project)
             zero_tiles = 0 if kept is None else prove_zeros(Path(args.out), kept, transposed=transposed)
         except UserError:
             shutil.rmtree(args.out)  # this call made it
             raise
-        report = MergeReport(Path(args.out), kept.digest if kept else None, zero_tiles, errors.rounded, errors.float32, lost)
-        (Path(args.out) / "merge.json").write_text(
-            json.dumps({**{k: str(v) if isinstance(v, Path) else v for k, v in vars(report).items()}, **vars(args)}, indent=1)
+        report = MergeReport(
+            Path(args.out), kept.digest if kept else None, zero_tiles, errors.rounded, errors.float32, lost, quantised
         )
+        (Path(args.out) / "merge.json").write_text(json.dumps({**asdict(report), **vars(args)}, indent=1, default=str))
         return report
 
     return world.on_main(prove)
+
+
+def _open(args: MergeArgs, world: World, form: str) -> OpenModel:
+    """Collective. Base and adapter, the base in one of its forms: quantised, dequantised (as stored, if it never was), original."""
+    return open_model(
+        args.base,
+        args.adapter,
+        world=world,
+        strategy=args.strategy,
+        config_name=args.config_name,
+        dtype=torch.float32,  # the sum is made in float32 and rounded once
+        trust_remote_code=args.trust_remote_code,
+        as_stored=form == "original",
+        dequantise=form == "dequantised",
+    )
+
+
+def _probe_forms(args: MergeArgs, world: World, trained_on: Quantisation | None) -> dict[str, Tensor]:
+    """Collective. Logits of an adapter of a quantised base, by the base's form, one after the other; nothing for other adapters."""
+    found = {}
+    for form in ("quantised", "dequantised", "original") if trained_on is not None else ():
+        opened = _open(args, world, form)
+        found[form] = probe_logits(opened.model, probe_tokens(opened.base.model, world.device))
+    return found
 
 
 def check_logits(error: float, *, project: Pattern | None) -> None:
@@ -125,10 +166,17 @@ def probe_tokens(model: Any, device: torch.device) -> Tensor:
 
 def updates(opened: OpenModel) -> Iterator[tuple[str, Tensor]]:
     """(name in the base, delta_OI) of every adapted linear, float32; collective where the model is sharded."""
+    return _of_layers(opened, layer_update)
+
+
+def _of_layers(opened: OpenModel, value: Callable[[Any], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+    """(name in the base, what `value` makes of the layer, if anything); the layer is whole meanwhile."""
     layers = list(lora_layers(opened.model))
     if opened.sharded is None:
         for name, layer in layers:
-            yield name, layer_update(layer)
+            found = value(layer)
+            if found is not None:
+                yield name, found
         return
     for unit in opened.sharded.all_units():
         parts = set(unit.modules())
@@ -136,8 +184,9 @@ def updates(opened: OpenModel) -> Iterator[tuple[str, Tensor]]:
         layers = [pair for pair in layers if pair not in inside]
         if inside:
             with opened.sharded.gathered(unit):
-                deltas = [(name, layer_update(layer).clone()) for name, layer in inside]
-            yield from deltas
+                found_inside = [(name, value(layer)) for name, layer in inside]
+                kept = [(name, found.clone()) for name, found in found_inside if found is not None]
+            yield from kept
 
 
 @dataclass(frozen=True)
@@ -146,6 +195,8 @@ class LogitErrors:
 
     float32: float
     rounded: float
+    logits: Tensor
+    """of the merged model, float32 weights"""
 
 
 def merge_whole(
@@ -159,7 +210,8 @@ def merge_whole(
         for linear in prunable_linears(merged):
             if linear.name in project:
                 linear.weight_OI.masked_fill_(~project[linear.name].expand(linear.weight_OI.device), 0.0)
-    float32 = relative_difference(probe_logits(merged, ids_BL), before)
+    logits = probe_logits(merged, ids_BL)
+    float32 = relative_difference(logits, before)
     check_logits(float32, project=project)
     transposed = {linear.name for linear in prunable_linears(merged) if linear.transposed}
     Guard(dict(merged.named_parameters()), kept, transposed=transposed, when="after merging")
@@ -167,7 +219,7 @@ def merge_whole(
     rounded = relative_difference(probe_logits(merged, ids_BL), before)
     merged.config.use_cache = opened.base.use_cache
     world.on_main(lambda: save_model(merged, opened.base.tokenizer, out, pattern=kept))
-    return LogitErrors(float32, rounded)
+    return LogitErrors(float32, rounded, logits)
 
 
 @torch.no_grad()
@@ -178,16 +230,19 @@ def merge_sharded(
     sharded, model, base = opened.sharded, opened.model, opened.base.model
     assert sharded is not None
     # Before a forward pass, which leaves the root's parameters gathered: these are the shards.
-    parameters = {plain_name(name): p for name, p in base.named_parameters() if ".lora_" not in name}
+    parameters = {plain_name(name): p for name, p in base.named_parameters() if not is_adapter_parameter(name)}
     ids_BL = probe_tokens(base, world.device)
     before = probe_logits(model, ids_BL)
     transposed = {linear.name for linear in opened.linears if linear.transposed}
+    for name, delta_O in _of_layers(opened, bias_update):
+        sharded.add(parameters[f"{name}.bias"], delta_O)
     for name, delta_OI in updates(opened):
         if project is not None and name in project:
             delta_OI.masked_fill_(~project[name].expand(delta_OI.device), 0.0)
         sharded.add(parameters[f"{name}.weight"], delta_OI.T if name in transposed else delta_OI)
     with model.disable_adapter():
-        float32 = relative_difference(probe_logits(model, ids_BL), before)
+        logits = probe_logits(model, ids_BL)
+        float32 = relative_difference(logits, before)
     check_logits(float32, project=project)
     pieces = {name: sharded.piece(p) for name, p in parameters.items()}
     require_finite(world, pieces)
@@ -197,7 +252,7 @@ def merge_sharded(
     with model.disable_adapter():
         rounded = relative_difference(probe_logits(model, ids_BL), before)
     _write_gathered(opened, world, out, parameters, kept, dtype)
-    return LogitErrors(float32, rounded)
+    return LogitErrors(float32, rounded, logits)
 
 
 def _write_gathered(
@@ -207,7 +262,7 @@ def _write_gathered(
     assert opened.sharded is not None
     model = opened.base.model
     kept_names = set(model.state_dict())
-    buffers = {plain_name(n): b for n, b in model.named_buffers() if n in kept_names and ".lora_" not in n}
+    buffers = {plain_name(n): b for n, b in model.named_buffers() if n in kept_names and not is_adapter_parameter(n)}
     empty = {name: torch.empty(p.shape, dtype=dtype, device="meta") for name, p in parameters.items()}
     files, index = plan_shards(empty | {name: buffer.to("meta") for name, buffer in buffers.items()})
     problem, writer = None, None

@@ -87,6 +87,8 @@ class Saver:
         self.wait()
         start = time.perf_counter()
         trained, optimizer = p.strategy.trainable_tensors(), p.strategy.optimizer_tensors()
+        if p.allocation is not None:
+            optimizer |= p.allocation.tensors()
         norms = self.live_norms()
         if not p.world.is_main:
             return

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any
 
 import torch
 
-from lora_dist.adapter import attach_adapter, load_adapter_tensors, read_adapter_config
+from lora_dist.adapter import Allocation, load_adapter_tensors, make_allocation, split_allocation
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
 from lora_dist.data.rows import Rows
+from lora_dist.engine.adapting import check_adapter, refuse_strategy, with_adapter
 from lora_dist.engine.attempts import Attempt
 from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, quantised_weights, require_finite
 from lora_dist.engine.batch import BatchPlan, plan_batch
@@ -56,6 +56,8 @@ class Parts:
     """the PEFT model"""
     strategy: Strategy
     stepper: Stepper
+    allocation: Allocation | None
+    """of AdaLoRA's ranks"""
     loader: StepLoader
     train_rows: Rows
     eval_rows: Rows | None
@@ -99,18 +101,19 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     checkpoint = load_checkpoint(plan.checkpoint) if plan.checkpoint is not None else None
     batch = _batch(config, world, checkpoint)
     strategy_plan = plan_strategy(config, world, batch)
+    refuse_strategy(config.adapter.type, strategy_plan.name)
     opened = _base(config, world, console, strategy_plan)
     base, pattern = opened.base, _adapter_pattern(config, console, opened.found)
     identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
     if checkpoint is not None:
         _check_identity(checkpoint, identity)
-    model = _with_adapter(config, base, pattern)
+    model = with_adapter(config, opened, pattern)
     console.adapter_applied(*model.get_nb_trainable_parameters())
     if pattern is not None:
         console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
     data = run_data(config, world, console, base)
     if checkpoint is not None:
-        _check_adapter(checkpoint, config)
+        check_adapter(checkpoint, config)
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
     strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint)
     pieces = base_pieces(base.model, strategy.piece)
@@ -135,10 +138,11 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     loader = _loader(config, world, console, batch, data)
     train = config.train
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
+    allocation = make_allocation(model, total_steps)
     state = TrainState(seed=train.seed, num_samples=len(data.train), data_digest=data.train.digest)
     state.group_by_length = train.group_by_length
     if checkpoint is not None:
-        state = _resume(checkpoint, state, strategy, data, batch)
+        state = _resume(checkpoint, state, strategy, data, batch, allocation)
         if plan.best_lost or not plan.own:
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     train_batch = (batch.global_batch, train.per_device_train_batch_size, train.gradient_accumulation_steps, world.size)
@@ -160,7 +164,8 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         guard=guard,
         model=model,
         strategy=strategy,
-        stepper=Stepper(strategy, world),
+        stepper=Stepper(strategy, world, allocation),
+        allocation=allocation,
         loader=loader,
         train_rows=data.train,
         eval_rows=data.evaluation,
@@ -177,28 +182,6 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         folder=opening.folder,
         attempt=opening.attempt,
     )
-
-
-def _with_adapter(config: RunConfig, base: LoadedBase, pattern: Pattern | None) -> Any:
-    """The PEFT model; the same initial values on every process."""
-    args = config.adapter
-    torch.manual_seed(config.train.seed)
-    model = attach_adapter(
-        base.model,
-        pattern,
-        r=args.r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules,
-        use_rslora=args.use_rslora,
-        form=args.form,
-        base_fingerprint=base.fingerprint,
-    )
-    if config.train.gradient_checkpointing:
-        with warnings.catch_warnings():  # transformers 5.23 renames it, 5.17 has this name only
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def _strategy(
@@ -322,16 +305,14 @@ def _check_identity(checkpoint: Checkpoint, now: Identity) -> None:
         )
 
 
-def _check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Scale, like shape, is part of what was trained: the same tensors under another are another adapter."""
-    then = read_adapter_config(checkpoint.adapter)
-    for key in ("r", "lora_alpha", "use_rslora"):
-        before, now = getattr(then, key), getattr(config.adapter, key)
-        if before != now:
-            raise UserError(f"adapter.{key}: was {before} when {checkpoint.path.name} was written, found {now}: set it as it was")
-
-
-def _resume(checkpoint: Checkpoint, fresh: TrainState, strategy: Strategy, data: RunData, batch: BatchPlan) -> TrainState:
+def _resume(
+    checkpoint: Checkpoint,
+    fresh: TrainState,
+    strategy: Strategy,
+    data: RunData,
+    batch: BatchPlan,
+    allocation: Allocation | None,
+) -> TrainState:
     """The checkpoint's state, with the optimizer put back."""
     state = checkpoint.state
     written = f"when {checkpoint.path.name} was written"
@@ -358,7 +339,10 @@ def _resume(checkpoint: Checkpoint, fresh: TrainState, strategy: Strategy, data:
             f"train.global_batch_size: found {batch.global_batch} {data.noun} a step with train.group_by_length, expected "
             f"{state.global_batch} as {written}: the order of the data would change"
         )
-    strategy.load_optimizer_tensors(checkpoint.optimizer)
+    optimizer, ranks = split_allocation(checkpoint.optimizer)
+    strategy.load_optimizer_tensors(optimizer)
+    if allocation is not None:
+        allocation.load(ranks)
     return state
 
 

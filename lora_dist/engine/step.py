@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ Mark = Callable[[str, int, int], None]
 
 
 _LISTED = 8  # samples that a message names
+
+
+class Allocation(Protocol):
+    """What an adapter whose ranks change adds to a step (`adapter/adalora.py`)."""
+
+    def penalty(self) -> Tensor: ...
+
+    def after_update(self, step: int, applied: bool) -> None: ...
 
 
 class NonFiniteError(UserError):
@@ -109,8 +117,8 @@ class StepResult:
 class Stepper:
     """Takes optimizer steps on a strategy."""
 
-    def __init__(self, strategy: Strategy, world: World):
-        self.strategy, self.world = strategy, world
+    def __init__(self, strategy: Strategy, world: World, allocation: Allocation | None = None):
+        self.strategy, self.world, self._allocation = strategy, world, allocation
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over label tokens, on the device
 
     def run(
@@ -146,6 +154,8 @@ class Stepper:
             mark("the optimizer's step", step, -1)
             update = self.strategy.update(rate)
             norm, applied = update.grad_norm, update.applied
+            if self._allocation is not None:
+                self._allocation.after_update(step, applied)
             if not applied:
                 problem = self._not_applied(step, norm, micro_batches)
         else:
@@ -165,7 +175,10 @@ class Stepper:
             loss = causal_loss_sum(self.strategy.module, batch.input_ids_BL.to(device), batch.labels_BL.to(device), positions)
             self._losses.append(loss.detach())
             loss_sum += loss.detach().double()
-            self.strategy.backward(loss / total_tokens, last=i == len(micro_batches) - 1)
+            share = loss / total_tokens
+            if self._allocation is not None and i == 0 and self.world.is_main:  # once a step: gradients are summed
+                share = share + self._allocation.penalty()
+            self.strategy.backward(share, last=i == len(micro_batches) - 1)
         return loss_sum
 
     def _not_applied(self, step: int, norm: float, micro_batches: Sequence[MicroBatch]) -> Problem | None:

@@ -253,7 +253,7 @@ def test_target_modules_that_match_nothing_list_what_would():
 
 @pytest.mark.parametrize(
     "options,words",
-    [({"use_dora": True}, "use_dora"), ({"lora_bias": True}, "lora_bias"), ({"init_lora_weights": "pissa"}, "pissa")],
+    [({"lora_bias": True}, "lora_bias"), ({"init_lora_weights": "pissa"}, "pissa")],
 )
 def test_variants_that_would_break_the_mask_are_refused(options, words):
     with pytest.raises(ValueError, match=words):

@@ -1,0 +1,109 @@
+"""The adapter of a run: refused where its strategy cannot train it, put on the base, compared with a checkpoint's.
+
+Called by `engine/setup.py`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_dist.adapter import adapter_type, attach_adapter, read_adapter_config
+from lora_dist.blocks import Pattern
+from lora_dist.config import RunConfig
+from lora_dist.engine.base import BaseAndPattern
+from lora_dist.engine.checkpoint import Checkpoint
+from lora_dist.log import UserError
+
+
+def refuse_strategy(kind: str, strategy: str) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        UserError: a type of adapter that the strategy cannot train.
+    """
+    if kind == "adalora" and strategy != "ddp":
+        raise UserError(
+            f"adapter.type: found adalora under parallel.strategy {strategy}, expected ddp: its ranks are allocated by every gradient "
+            "beside its parameter, both whole on every process"
+        )
+    if kind == "dora" and strategy == "zero3":
+        raise UserError(
+            "adapter.type: found dora under parallel.strategy zero3, expected ddp, fsdp2, zero1 or zero2: it needs the row norms of the "
+            "base at every step, outside of the forward pass of the linear that zero3 gathers it for"
+        )
+
+
+def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | None, **task: Any) -> Any:
+    """The PEFT model; the same initial values on every process.
+
+    Args:
+        task: task_type and modules_to_save, as for `attach_adapter`.
+    """
+    args = config.adapter
+    torch.manual_seed(config.train.seed)
+    model = attach_adapter(
+        opened.base.model,
+        pattern,
+        r=args.r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=args.target_modules,
+        use_rslora=args.use_rslora,
+        form=args.form,
+        base_fingerprint=opened.base.fingerprint,
+        adapter_type=args.type,
+        init_lora_weights=args.init_lora_weights,
+        adalora=args.adalora,
+        feedforward_modules=args.feedforward_modules,
+        weight_OI=_weight_reader(opened),
+        **task,
+    )
+    if config.train.gradient_checkpointing:
+        with warnings.catch_warnings():  # transformers 5.23 renames it, 5.17 has this name only
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _weight_reader(opened: BaseAndPattern) -> Callable[[str], Tensor] | None:
+    """Reads a linear's weight by name, (O, I), where the model itself holds placeholders."""
+    reader = opened.reader
+    if reader is None:
+        return None
+    transposed = {linear.name for linear in opened.linears if linear.transposed}
+
+    def weight_OI(name: str) -> Tensor:
+        weight = reader.whole(f"{name}.weight")
+        return weight.T if name in transposed else weight
+
+    return weight_OI
+
+
+def check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Scale, like shape, is part of what was trained: the same tensors under another are another adapter.
+
+    Raises:
+        UserError: naming the first option that is not as it was.
+    """
+    then: Any = read_adapter_config(checkpoint.adapter)
+    args, kind = config.adapter, adapter_type(then)
+    pairs: list[tuple[str, Any, Any]] = [("type", kind, args.type)]
+    if kind in ("lora", "dora"):
+        pairs += [(key, getattr(then, key), getattr(args, key)) for key in ("r", "lora_alpha", "use_rslora")]
+    elif kind == "adalora":
+        defaults = type(then).__dataclass_fields__
+        now = {key: args.adalora.get(key, defaults[key].default) for key in (*_ADALORA, "init_r")}
+        pairs += [("lora_alpha", then.lora_alpha, args.lora_alpha)] + [(key, getattr(then, key), now[key]) for key in now]
+    for key, before, now_ in pairs:
+        if before != now_:
+            raise UserError(
+                f"adapter.{key}: was {before} when {checkpoint.path.name} was written, found {now_}: set it as it was"
+            )
+
+
+_ADALORA = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
