@@ -19,6 +19,7 @@ VERBS = {
     "export": "write a model, merged with an adapter, as ONNX, its logits and zeros checked",
     "convert": "turn a pickled model into a directory, without running what is in it",
     "generate": "continue a prompt",
+    "push": "upload an adapter or a model to the Hugging Face Hub, with a model card",
     "submit": "check a training run and queue it under Slurm, to be requeued until it is complete",
     "rendezvous": "hold the meeting point of an elastic run, outside of its machines",
     "doctor": "examine this machine before a run: versions, GPUs, disk, network, collectives, strategies; with remedies",

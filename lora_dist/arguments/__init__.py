@@ -5,8 +5,10 @@ Plain dataclasses without heavy imports, so that help and bad input are answered
 
 from lora_dist.arguments.evaluation import EvalArgs
 from lora_dist.arguments.generation import GenerateArgs, SamplingArgs
+from lora_dist.arguments.hub import PushArgs
 from lora_dist.arguments.models import ConvertArgs, ExportArgs, InspectArgs, MergeArgs, PruneArgs
 from lora_dist.arguments.operations import DoctorArgs, RendezvousArgs, SubmitArgs
+from lora_dist.arguments.quantised import QuantisedArgs
 
 __all__ = [
     "ConvertArgs",
@@ -17,6 +19,8 @@ __all__ = [
     "InspectArgs",
     "MergeArgs",
     "PruneArgs",
+    "PushArgs",
+    "QuantisedArgs",
     "RendezvousArgs",
     "SamplingArgs",
     "SubmitArgs",

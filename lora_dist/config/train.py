@@ -97,6 +97,12 @@ class TrainArgs:
     """Go back to the best evaluated adapter after the last step."""
     metric_for_best_model: Literal["eval_loss", "perplexity"] = "eval_loss"
     """Lower is better; both rank alike."""
+    push_to_hub: bool = False
+    """Upload the final adapter to the Hugging Face Hub, with a model card; that it can be written to is found out before training."""
+    hub_model_id: str | None = None
+    """Repository on the hub, OWNER/NAME; default: the name of output_dir, under the token's owner."""
+    hub_private: bool = False
+    """Make a new repository private, and refuse one that is public."""
     early_stopping_patience: int | None = None
     """Stop after so many evaluations without a better one."""
     early_stopping_threshold: float = 0.0
@@ -131,6 +137,8 @@ class TrainArgs:
             yield "train.bf16, train.fp16: found both true, expected one at most"
         if self.save_total_limit is not None and self.save_total_limit < 2:
             yield f"train.save_total_limit: found {self.save_total_limit}, expected 2 or more (the newest and one to fall back on)"
+        if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
+            yield "train.hub_model_id, train.hub_private: found without train.push_to_hub, expected train.push_to_hub true"
         if self.eval_strategy == "no":
             if self.early_stopping_patience is not None:
                 yield "train.early_stopping_patience: needs evaluations, but train.eval_strategy is no"

@@ -17,6 +17,7 @@ from lora_dist.config import RunConfig, seconds
 from lora_dist.engine.attempts import State
 from lora_dist.engine.loop import Loop
 from lora_dist.engine.memory import peak_memory_gib
+from lora_dist.engine.push import push_final, require_hub
 from lora_dist.engine.setup import Parts, build
 from lora_dist.engine.stop import Stop
 from lora_dist.log import EXIT_STOPPED, UserError
@@ -46,6 +47,8 @@ def train(
     stop.install()
     try:
         notice_lost_peers(config.parallel.peer_timeout_s)  # while loading, and again with the groups that the strategy has made
+        if config.train.push_to_hub:
+            world.on_main(lambda: require_hub(config))
         parts = build(config, world, console, argv=argv)
         notice_lost_peers(config.parallel.peer_timeout_s)
         look(parts)
@@ -54,6 +57,9 @@ def train(
         ended = Loop(parts, stop).run()
         code = 0 if ended.stopped is None else _exit_code(ended.stopped)
         state, reason = ("completed", "") if ended.stopped is None else ("stopped", ended.stopped)
+        # One process alone: the others have ended their part, and wait for no collective however long an upload takes.
+        if config.train.push_to_hub and state == "completed" and world.is_main and not push_final(config, console.note):
+            code = 1
         return code
     except UserError as error:
         code, reason = 2, _first_line(error)
