@@ -126,9 +126,9 @@ def _summary(facts: Facts) -> str:
     of = f" for `{facts.base}`" if facts.base and facts.kind == "adapter" else f" of `{facts.base}`" if facts.base else ""
     if facts.pattern is None:
         return f"{what}{of}."
-    unit = f"{facts.pattern.block}x{facts.pattern.block} tiles" if facts.pattern.kind == "block" else "weights"
-    kept = "its update is exactly zero on the pruned ones" if facts.kind == "adapter" else "every pruned one is exactly 0.0"
-    return f"{what}{of}. {facts.pattern.sparsity:.1%} of the {unit} of its pruned linears are zero; {kept}."
+    tiles = f", in whole {facts.pattern.block}x{facts.pattern.block} tiles" if facts.pattern.kind == "block" else ""
+    kept = "the update is exactly zero there" if facts.kind == "adapter" else "each of these is exactly 0.0"
+    return f"{what}{of}. {facts.pattern.sparsity:.1%} of the weights of the pruned linears are zero{tiles}; {kept}."
 
 
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
