@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lora_dist.arguments.quantised import QuantisedArgs
+
 METRICS = ("ppl", "zeroshot", "speed", "memory")
 ZERO_SHOT_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 _COUNTS = (
@@ -21,13 +23,19 @@ _REPORT_ONLY = ("stride", "average", "tasks", "task_data", "limit", "num_fewshot
 
 
 @dataclass
-class EvalArgs:
-    """Loss and perplexity of a model on text; with metrics, texts or compare a report: perplexities, zero-shot accuracy, speed, memory."""
+class _Evaluated:
+    """What to evaluate. A base of `EvalArgs`, so that help lists it first."""
 
     model: str = ""
     """Directory (or hub name) of the model."""
     adapter: str | None = None
     """Adapter folder to put on it."""
+
+
+@dataclass
+class EvalArgs(QuantisedArgs, _Evaluated):
+    """Loss and perplexity of a model on text; with metrics, texts or compare a report: perplexities, zero-shot accuracy, speed, memory."""
+
     metrics: list[Literal["ppl", "zeroshot", "speed", "memory", "all"]] = field(default_factory=list)
     """Make a report of these (comma-separated); with texts or compare alone: ppl."""
     compare: list[str] = field(default_factory=list)
@@ -110,6 +118,7 @@ class EvalArgs:
         return tuple(m for m in METRICS if m in (self.metrics or ["ppl"]) or "all" in self.metrics)
 
     def problems(self) -> Iterator[str]:
+        yield from QuantisedArgs.problems(self)
         if bool(self.model) == bool(self.compare):
             found = "both" if self.model else "nothing"
             yield f"MODEL, compare: found {found}, expected the directory of a model, or several with --compare NAME=DIR,NAME=DIR"

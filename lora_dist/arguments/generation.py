@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from lora_dist.arguments.quantised import QuantisedArgs
+
 
 @dataclass
 class SamplingArgs:
@@ -97,7 +99,7 @@ class _Opened:
 
 
 @dataclass
-class GenerateArgs(SamplingArgs, _Opened):
+class GenerateArgs(SamplingArgs, QuantisedArgs, _Opened):
     """Continue prompts, follow instructions or chat, with a base, a pruned or a merged model, or an adapter on one."""
 
     batch_size: int = 8
@@ -131,4 +133,5 @@ class GenerateArgs(SamplingArgs, _Opened):
             yield "system: found without chat, expected --chat beside it"
         if self.batch_size < 1:
             yield f"batch_size: found {self.batch_size}, expected 1 or more"
+        yield from QuantisedArgs.problems(self)
         yield from SamplingArgs.problems(self)

@@ -83,6 +83,8 @@ class MergeArgs:
     """Plain LoRA on a pruned base: merge, then set pruned tiles back to zero; keeps the pattern, throws part of the update away."""
     densify: bool = False
     """Plain LoRA on a pruned base: merge all of it; the model is dense afterwards."""
+    into: Literal["dequantised", "original"] = "dequantised"
+    """Adapter of a quantised base: merge into the weights that it was trained on, de-quantised, or into those that are stored."""
     config_name: str | None = None
     """Where to take config and tokenizer from if the base has none of its own."""
     device: Literal["cpu", "cuda"] = "cpu"

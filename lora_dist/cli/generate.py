@@ -33,6 +33,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         with names(model_name_or_path="MODEL", model_config_name="config_name", data_prompt_template="prompt_template"):
             answerer = Answerer(args, world)
+        if answerer.quantisation is not None and world.is_main:
+            asked = args.load_in_4bit or args.load_in_8bit
+            print(f"[base in {answerer.quantisation}{'' if asked else ', as the adapter was trained'}]", file=sys.stderr)
         if args.prompt_file is not None:
             return _file(answerer)
         if args.prompt is not None:

@@ -37,5 +37,12 @@ def main(argv: Sequence[str]) -> int:
         f"{mark} Logits, merged against adapter: largest difference {report.logits_error_fp32:.1e} of the largest logit before "
         f"rounding, {report.logits_error:.1e} as written"
     )
+    if report.quantised is not None:
+        found = report.quantised
+        print(
+            f"ℹ️  Base in {found.quantisation} in training, merged into its {found.into} weights: logits differ from the quantised base's "
+            f"with the adapter by {found.logits_error:.1e} of the largest; de-quantised and original weights by "
+            f"{found.other_logits_difference:.1e} (--into)"
+        )
     print(f"Merged model saved in {report.out}")
     return 0

@@ -11,7 +11,7 @@ import torch
 
 from lora_dist.arguments import GenerateArgs
 from lora_dist.data.templates import load_template
-from lora_dist.engine.open_model import open_model
+from lora_dist.engine.open_model import asked_quantisation, open_model
 from lora_dist.engine.prompts import Form, Prompt, read_prompts
 from lora_dist.generation import Answer, context_of, encode, generate, room_problems
 from lora_dist.parallel import World
@@ -33,6 +33,7 @@ class Answerer:
     """Collective throughout: under a launcher every process makes the same calls.
 
     Attributes:
+        quantisation: of the base.
         so_far: what was handed on of the latest streamed text, which may have been interrupted.
     """
 
@@ -54,7 +55,10 @@ class Answerer:
             config_name=args.config_name,
             dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
             trust_remote_code=args.trust_remote_code,
+            quantisation=asked_quantisation(args),
+            as_stored=args.as_stored,
         )
+        self.quantisation = self._opened.quantisation
         self.form = Form(self._opened.base.tokenizer, template, args.chat, args.system)
         self.context = context_of(self._opened.base.model)
 

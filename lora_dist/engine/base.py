@@ -71,6 +71,8 @@ def load_for(
             trust_remote_code=trust_remote_code,
         )
         check(source)
+    if sharded and quantisation is not None and quantisation.bits == 8 and not dequantise:
+        raise UserError("model.load_in_8bit: found int8 with a sharded base, which is not to be had: set strategy ddp")
     facts = _same_everywhere(world, name_or_path, source)
     device = str(world.device)
     if not sharded and quantisation is None:

@@ -15,7 +15,7 @@ from lora_dist.arguments import EvalArgs
 from lora_dist.data.loader import eval_batches
 from lora_dist.data.sources import TextSource
 from lora_dist.data.text import Windows, hold_out, load_windows
-from lora_dist.engine.open_model import OpenModel, open_model
+from lora_dist.engine.open_model import OpenModel, asked_quantisation, open_model
 from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
 from lora_dist.log import UserError
 from lora_dist.parallel import World
@@ -64,12 +64,15 @@ def open_for_evaluation(args: EvalArgs, model: str, adapter: str | None, world: 
         config_name=args.config_name,
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         trust_remote_code=args.trust_remote_code,
+        quantisation=asked_quantisation(args),
+        as_stored=args.as_stored,
     )
 
 
 def dtype_of(opened: OpenModel) -> str:
-    """What the base computes in: float32, ..."""
-    return str(next(opened.base.model.parameters()).dtype).removeprefix("torch.")
+    """What the base computes in, and how it is quantised: float32, ..."""
+    dtype = str(next(opened.base.model.parameters()).dtype).removeprefix("torch.")
+    return dtype if opened.quantisation is None else f"{dtype}, base in {opened.quantisation}"
 
 
 def context_of(args: EvalArgs, opened: OpenModel) -> int:

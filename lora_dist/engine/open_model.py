@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from lora_dist.adapter import adapter_folder, is_masked, load_adapter, read_adapter_config
+from lora_dist.adapter import adapter_folder, is_masked, load_adapter, read_adapter_config, read_quantisation
+from lora_dist.arguments import QuantisedArgs
 from lora_dist.blocks import NamedLinear, Pattern
 from lora_dist.engine.base import load_for, shard_units
 from lora_dist.engine.pattern import FoundPattern
 from lora_dist.models.loading import LoadedBase
+from lora_dist.models.quantised import Quantisation, quantisation_of
 from lora_dist.parallel import World
 from lora_dist.parallel.fully_sharded import FullySharded
 
@@ -31,6 +33,8 @@ class OpenModel:
     """whether there is an adapter that respects a pattern"""
     sharded: FullySharded | None
     """where the base is cut over processes; every forward pass is a collective then"""
+    quantisation: Quantisation | None
+    """of the base as it is held, or as it was de-quantised from"""
 
 
 def open_model(
@@ -43,12 +47,18 @@ def open_model(
     dtype: torch.dtype | None = None,
     block: int = 16,
     trust_remote_code: bool = False,
+    quantisation: Quantisation | None = None,
+    as_stored: bool = False,
+    dequantise: bool = False,
 ) -> OpenModel:
     """Collective. Load a base, and an adapter onto it, on `world.device`.
 
     Args:
         strategy: ddp (whole on every process) or fsdp2 (cut over all of them).
         dtype: None keeps what is stored.
+        quantisation: of the base; None: as the adapter was trained.
+        as_stored: leave the base as it is stored, whatever the adapter was trained on.
+        dequantise: hold what the quantised weights stand for, as ordinary weights.
         block: tile side to look for where no mask is stored; a masked adapter's own pattern decides otherwise.
 
     Raises:
@@ -58,6 +68,7 @@ def open_model(
     if adapter is not None:  # read first: what is wrong with it should not cost the loading of gigabytes
         adapter = str(adapter_folder(adapter))
         trained_with: Pattern | None = getattr(read_adapter_config(adapter), "_pattern", None)
+        quantisation = quantisation or adapter_quantisation(adapter)
         if trained_with is not None and trained_with.kind == "block":
             block = trained_with.block
     opened = load_for(
@@ -68,14 +79,28 @@ def open_model(
         config_name=config_name,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        quantisation=None if as_stored else quantisation,
+        dequantise=dequantise,
     )
     base, found, model = opened.base, opened.found, opened.base.model
     if adapter is not None:
         model = load_adapter(base.model, adapter, base_fingerprint=base.fingerprint, pattern=found.pattern)
         model.eval()
     masked = adapter is not None and is_masked(model)
+    held = None if as_stored else quantisation
     if strategy != "fsdp2":
-        return OpenModel(model, base, found, opened.linears, masked, None)
+        return OpenModel(model, base, found, opened.linears, masked, None, held)
     sharded = FullySharded(model, base.model, shard_units(base.model), world, reader=opened.reader, adamw=None)
     sharded.check_in_force()
-    return OpenModel(model, base, found, opened.linears, masked, sharded)
+    return OpenModel(model, base, found, opened.linears, masked, sharded, held)
+
+
+def asked_quantisation(args: QuantisedArgs) -> Quantisation | None:
+    """What a command's options say; None: what the adapter remembers."""
+    return quantisation_of(args.load_in_4bit, args.load_in_8bit, args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant)
+
+
+def adapter_quantisation(adapter: str) -> Quantisation | None:
+    """How the base was quantised that an adapter was trained on. Raises UserError as `read_quantisation`."""
+    config = read_quantisation(adapter_folder(adapter))
+    return None if config is None else Quantisation.from_dict(config)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lora_dist.adapter import Allocation, load_adapter_tensors, make_allocation, split_allocation
+from lora_dist.adapter import Allocation, load_adapter_tensors, make_allocation, read_quantisation, split_allocation
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
@@ -34,7 +34,7 @@ from lora_dist.engine.step import Stepper
 from lora_dist.engine.wrap import StrategyPlan, plan_strategy, wrap
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.loading import BaseSource, LoadedBase
-from lora_dist.models.quantised import quantisation_of
+from lora_dist.models.quantised import Quantisation, quantisation_of
 from lora_dist.monitor.console import Console
 from lora_dist.monitor.metrics import MetricsFile
 from lora_dist.monitor.trackers import WandbSink
@@ -107,6 +107,7 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
     if checkpoint is not None:
         _check_identity(checkpoint, identity)
+        _check_quantisation(checkpoint, base)
     model = with_adapter(config, opened, pattern)
     console.adapter_applied(*model.get_nb_trainable_parameters())
     if pattern is not None:
@@ -287,6 +288,20 @@ def _adapter_pattern(config: RunConfig, console: Console, found: FoundPattern) -
     elif pattern is None:
         console.note("the base has no sparsity pattern: plain LoRA")
     return pattern
+
+
+def _check_quantisation(checkpoint: Checkpoint, base: LoadedBase) -> None:
+    """The base is held as it was: its values are part of what was trained on."""
+    now = getattr(base.model.config, "quantization_config", None)
+    described = [
+        "none" if config is None else str(Quantisation.from_dict(config))
+        for config in (read_quantisation(checkpoint.adapter), now)
+    ]
+    if described[0] != described[1]:
+        raise GuardError(
+            f"model.load_in_4bit, model.load_in_8bit: the base's quantisation was {described[0]} when {checkpoint.path.name} was written, "
+            f"found {described[1]}: set them as they were"
+        )
 
 
 def _check_identity(checkpoint: Checkpoint, now: Identity) -> None:
