@@ -27,6 +27,8 @@ from lora_dist.log import GuardError, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+BASE_FILE = "base.json"
+"""names the base of an IA3 adapter, whose config is PEFT's own and has no room for it"""
 QUANTISATION_FILE = "base_quantization.json"
 """how the base was quantised that the adapter was trained on, as transformers writes it into a config.json"""
 
@@ -168,8 +170,19 @@ def adapter_tensors(model: PeftModel, full: Mapping[str, Tensor] | None = None) 
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
-def save_adapter(model: PeftModel, folder: Path, tensors: Mapping[str, Tensor]) -> list[Path]:
-    """Write config, tensors and (masked) the pattern into `folder`, as PEFT would. Returns the files, in that order."""
+def save_adapter(
+    model: PeftModel,
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    pattern: Pattern | None = None,
+    base_fingerprint: str = "",
+) -> list[Path]:
+    """Write config, tensors and (masked) the pattern into `folder`, as PEFT would. Returns the files, in that order.
+
+    Args:
+        pattern, base_fingerprint: of the base, written beside an IA3 adapter, which keeps any pattern; masked configs carry their own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = model.peft_config["default"]
     inference_mode, config.inference_mode = config.inference_mode, True
@@ -183,6 +196,11 @@ def save_adapter(model: PeftModel, folder: Path, tensors: Mapping[str, Tensor]) 
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)  # safetensors makes its files readable for their owner only
     files = [folder / ADAPTER_CONFIG, folder / ADAPTER_FILE]
+    if isinstance(config, IA3Config):
+        if pattern is not None:
+            pattern.save(folder)
+        (folder / BASE_FILE).write_text(json.dumps({"base_fingerprint": base_fingerprint}))
+        return [*files, folder / BASE_FILE, *([folder / MASK_FILE] if pattern is not None else [])]
     return [*files, folder / MASK_FILE] if isinstance(config, PatternConfig) else files
 
 
@@ -275,6 +293,23 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     return config
 
 
+def adapter_identity(folder: str | Path, config: PeftConfig) -> tuple[str, Pattern | None]:
+    """(fingerprint, pattern) of the base that an adapter names as its own; empty and None where it names none.
+
+    Raises:
+        UserError: files that cannot be read.
+    """
+    if isinstance(config, PatternConfig):
+        return config.base_fingerprint, config.pattern
+    if not isinstance(config, IA3Config) or not (Path(folder) / BASE_FILE).is_file():
+        return "", None
+    try:
+        fingerprint = json.loads((Path(folder) / BASE_FILE).read_text())["base_fingerprint"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"adapter: {folder}/{BASE_FILE} cannot be read ({type(error).__name__}: {error})") from error
+    return fingerprint, Pattern.load(folder) if (Path(folder) / MASK_FILE).is_file() else None
+
+
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None, pattern: Pattern | None) -> PeftModel:
     """Put a saved adapter on the base it was trained on.
 
@@ -287,13 +322,14 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
         GuardError: an adapter of another base or pattern.
     """
     config = read_adapter_config(folder)
-    if isinstance(config, PatternConfig):
-        if base_fingerprint and config.base_fingerprint and base_fingerprint != config.base_fingerprint:
-            raise GuardError(
-                f"adapter: {folder} was trained on base {config.base_fingerprint[:12]}, the base given is {base_fingerprint[:12]}: "
-                "give the base it was trained on"
-            )
-        difference = pattern.differences(config.pattern) if pattern is not None else None
+    trained_on, trained_with = adapter_identity(folder, config)
+    if base_fingerprint and trained_on and base_fingerprint != trained_on:
+        raise GuardError(
+            f"adapter: {folder} was trained on base {trained_on[:12]}, the base given is {base_fingerprint[:12]}: "
+            "give the base it was trained on"
+        )
+    if trained_with is not None:
+        difference = pattern.differences(trained_with) if pattern is not None else None
         if difference:
             raise GuardError(f"adapter: {folder} has another pattern than the base: {difference}")
     try:

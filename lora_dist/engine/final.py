@@ -33,7 +33,13 @@ def write_final(parts: Parts, trained: Mapping[str, Tensor], norms: Mapping[str,
     console.saving(folder)
     publish_files(
         folder,
-        lambda staged: save_adapter(parts.model, staged, adapter_tensors(parts.model, trained)),
+        lambda staged: save_adapter(
+            parts.model,
+            staged,
+            adapter_tensors(parts.model, trained),
+            pattern=parts.pattern,
+            base_fingerprint=parts.identity.base_fingerprint,
+        ),
         lambda staged: adapter_problem(staged, norms),
     )
     console.saved_files(folder / "adapter_config.json", folder / "adapter_model.safetensors")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from lora_dist.adapter import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
-    PatternConfig,
     adapter_folder,
+    adapter_identity,
     adapter_type,
     describe,
     read_adapter_config,
@@ -60,14 +60,14 @@ def inspect(args: InspectArgs) -> Inspection:
 
 def _adapter(folder: Path) -> Inspection:
     config = read_adapter_config(folder)
-    pattern = config.pattern if isinstance(config, PatternConfig) else None
+    trained_on, pattern = adapter_identity(folder, config)
     found = Inspection("adapter", pattern, "stored" if pattern else "none", pattern.stats() if pattern else [])
     found.facts += [describe(config)]
     if not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"PATH: found no {ADAPTER_FILE} in {folder}")
     tensors = load_file(str(folder / ADAPTER_FILE))
-    if isinstance(config, PatternConfig) and config.base_fingerprint:
-        found.facts.append(f"trained on base {config.base_fingerprint[:12]}")
+    if trained_on:
+        found.facts.append(f"trained on base {trained_on[:12]}")
     found.facts.append(f"{sum(t.numel() for t in tensors.values()):,} parameters in {len(tensors)} tensors")
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lora_dist.adapter import adapter_folder, is_masked, load_adapter, read_adapter_config, read_quantisation
+from lora_dist.adapter import adapter_folder, adapter_identity, is_masked, load_adapter, read_adapter_config, read_quantisation
 from lora_dist.arguments import QuantisedArgs
-from lora_dist.blocks import NamedLinear, Pattern
+from lora_dist.blocks import NamedLinear
 from lora_dist.engine.base import load_for, shard_units
 from lora_dist.engine.pattern import FoundPattern
 from lora_dist.models.loading import LoadedBase
@@ -67,7 +67,7 @@ def open_model(
     """
     if adapter is not None:  # read first: what is wrong with it should not cost the loading of gigabytes
         adapter = str(adapter_folder(adapter))
-        trained_with: Pattern | None = getattr(read_adapter_config(adapter), "_pattern", None)
+        trained_with = adapter_identity(adapter, read_adapter_config(adapter))[1]
         quantisation = quantisation or adapter_quantisation(adapter)
         if trained_with is not None and trained_with.kind == "block":
             block = trained_with.block

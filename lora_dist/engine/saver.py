@@ -243,7 +243,9 @@ class Saver:
             self.ensure_folder()
             save_checkpoint(
                 p.output_dir,
-                write_adapter=lambda folder: save_adapter(p.model, folder, snapshot.adapter),
+                write_adapter=lambda folder: save_adapter(
+                    p.model, folder, snapshot.adapter, pattern=p.pattern, base_fingerprint=p.identity.base_fingerprint
+                ),
                 optimizer=snapshot.optimizer,
                 state=snapshot.state,
                 identity=p.identity,
