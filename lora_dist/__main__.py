@@ -17,6 +17,7 @@ VERBS = {
     "eval": "perplexity, zero-shot accuracy, speed and memory of a model or several, with or without adapters",
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
     "export": "write a model, merged with an adapter, as ONNX, its logits and zeros checked",
+    "adapters": "keep several adapters of one base in a folder: list, add, switch, merge-weighted, delete",
     "convert": "turn a pickled model into a directory, without running what is in it",
     "generate": "continue a prompt",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a model card",

@@ -27,6 +27,8 @@ from lora_dist.log import GuardError, UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
+COLLECTION_FILE = "adapters.json"
+"""of a folder with several adapters (`adapter/collection.py`)"""
 BASE_FILE = "base.json"
 """names the base of an IA3 adapter, whose config is PEFT's own and has no room for it"""
 QUANTISATION_FILE = "base_quantization.json"
@@ -249,7 +251,20 @@ def _mismatches(live: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> 
 
 
 def adapter_folder(folder: str | Path) -> Path:
-    """Where an adapter lies that is named by its own folder, by a checkpoint, or by a run that keeps it in a folder below."""
+    """Where an adapter lies that is named by its own folder, by a checkpoint, by a run that keeps it in a folder below, or by a folder of
+    several, of which it is the active one.
+
+    Raises:
+        UserError: a folder of several whose file cannot be read, or none of which is active.
+    """
+    if (Path(folder) / COLLECTION_FILE).is_file():
+        try:
+            active = json.loads((Path(folder) / COLLECTION_FILE).read_text())["active"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"adapter: {folder}/{COLLECTION_FILE} cannot be read ({type(error).__name__}: {error})") from error
+        if not active:
+            raise UserError(f"adapter: {folder} has no active adapter, expected one: lora-dist adapters switch {folder} NAME")
+        return Path(folder) / active
     below = [file.parent for file in Path(folder).glob(f"*/{ADAPTER_CONFIG}")]
     return below[0] if len(below) == 1 and not (Path(folder) / ADAPTER_CONFIG).is_file() else Path(folder)
 

@@ -3,6 +3,7 @@
 Plain dataclasses without heavy imports, so that help and bad input are answered at once. Read by `cli/`, used by `engine/`.
 """
 
+from lora_dist.arguments.adapters import AdaptersArgs
 from lora_dist.arguments.evaluation import EvalArgs
 from lora_dist.arguments.generation import GenerateArgs, SamplingArgs
 from lora_dist.arguments.hub import PushArgs
@@ -11,6 +12,7 @@ from lora_dist.arguments.operations import DoctorArgs, RendezvousArgs, SubmitArg
 from lora_dist.arguments.quantised import QuantisedArgs
 
 __all__ = [
+    "AdaptersArgs",
     "ConvertArgs",
     "DoctorArgs",
     "EvalArgs",
