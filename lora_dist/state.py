@@ -75,6 +75,10 @@ class TrainState:
     """of the last steps that moved the optimizer, oldest first"""
     recent_grad_norms: list[float] = field(default_factory=list)
     """of the same steps"""
+    correct_window: int = 0
+    """rows classified rightly since the last logged step"""
+    rows_window: int = 0
+    """of so many"""
     extra: dict[str, Any] = field(default_factory=dict)
     """room for later versions"""
 

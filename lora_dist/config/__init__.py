@@ -9,7 +9,7 @@ from lora_dist.config.data import DataArgs
 from lora_dist.config.model import AdapterArgs, ModelArgs
 from lora_dist.config.parallel import ParallelArgs
 from lora_dist.config.run import RunConfig
-from lora_dist.config.train import TrainArgs
+from lora_dist.config.train import TrainArgs, weights_of
 from lora_dist.config.watching import GuardArgs, HealthArgs, TrackerArgs
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "TrackerArgs",
     "TrainArgs",
     "seconds",
+    "weights_of",
 ]

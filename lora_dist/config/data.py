@@ -14,18 +14,23 @@ class DataArgs:
     """The text that is trained and evaluated on."""
 
     dataset_name: str = ""
-    """Hub name, local directory, or local files (comma-separated .txt .json .jsonl .csv .parquet)."""
+    """Hub name, local directory, or local files (comma-separated .txt .json .jsonl .csv .tsv .parquet)."""
     dataset_config_name: str | None = None
     """Configuration of a hub data set, such as wikitext-2-raw-v1."""
     validation_file: str | None = None
     """Local files to evaluate on, where the data set has no validation split of its own."""
     text_column: str = "text"
-    """Column that holds the text in JSON, CSV and parquet."""
+    """Column that holds the text in JSON, CSV and parquet; classification, where it is not set: the GLUE subset's, else sentence."""
+    text_pair_column: str | None = None
+    """classification: column of the second text; default: the GLUE subset's, else none."""
+    label_column: str | None = None
+    """classification: column of labels, numbers or names; default: label."""
     document_separator: str | None = None
     """Text that separates documents inside .txt files, such as <|endoftext|>; without one, a file is running text."""
-    format: Literal["text", "auto", "alpaca", "chat", "prompt_completion"] = "text"
+    format: Literal["text", "auto", "alpaca", "chat", "prompt_completion", "classification"] = "text"
     """What a row is: text, packed into windows; or an example: alpaca (instruction, input, output), chat (messages, or ShareGPT's
-    conversations, through the tokenizer's chat template), prompt_completion; auto: by the columns."""
+    conversations, through the tokenizer's chat template), prompt_completion; auto: by the columns.
+    classification: labelled sentences or pairs (model.task_type SEQ_CLS)."""
     prompt_template: str = "alpaca"
     """alpaca: the template instructions are put in: templates/NAME.json in the working directory, else the package's, or a path."""
     train_on_inputs: bool = False
@@ -66,6 +71,11 @@ class DataArgs:
             yield f"data.block_size: found {self.block_size}, expected a context of 2 tokens or more"
         if self.dataloader_num_workers < 0:
             yield f"data.dataloader_num_workers: found {self.dataloader_num_workers}, expected 0 or more"
+        for key in ("text_pair_column", "label_column"):
+            if getattr(self, key) is not None and self.format != "classification":
+                yield f"data.{key}: found with data.format {self.format}, expected classification"
+        if self.format == "classification" and (self.packing or self.train_on_inputs):
+            yield "data.packing, data.train_on_inputs: found true with data.format classification, expected neither"
         for key in ("packing", "train_on_inputs"):
             if self.format == "text" and getattr(self, key):
                 yield f"data.{key}: found true with data.format text, which is learnt whole, expected auto or a format of examples"

@@ -17,6 +17,10 @@ class ModelArgs:
     """Directory (or hub name) of the pruned base model, in Hugging Face format."""
     config_name: str | None = None
     """Where to take config and tokenizer from if the model directory has none of its own."""
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    """CAUSAL_LM: predict the next token; SEQ_CLS: labels of sentences or pairs, by a head on an encoder or decoder that is trained whole."""
+    num_labels: int | None = None
+    """SEQ_CLS: classes; 1: predict a number. Default: the GLUE subset's, else what the model's configuration says."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision the frozen base is held and computed in; auto: what train.bf16 / train.fp16 say, else float32."""
     load_in_4bit: bool = False
@@ -35,6 +39,8 @@ class ModelArgs:
     def problems(self) -> Iterator[str]:
         if not self.name_or_path:
             yield "model.name_or_path: found nothing, expected the directory of a pruned model"
+        if self.num_labels is not None and (self.num_labels < 1 or self.task_type != "SEQ_CLS"):
+            yield f"model.num_labels: found {self.num_labels} with model.task_type {self.task_type}, expected 1 or more with SEQ_CLS"
         if self.load_in_4bit and self.load_in_8bit:
             yield "model.load_in_4bit, model.load_in_8bit: found both true, expected one at most"
 

@@ -38,6 +38,22 @@ class RunConfig:
             lines.append(
                 f"train.group_by_length: found true with {other}, whose rows are all of one length, expected one of the two"
             )
+        classifies, metric = self.model.task_type == "SEQ_CLS", self.train.metric_for_best_model
+        if classifies != (self.data.format == "classification"):
+            lines.append(
+                f"model.task_type, data.format: found {self.model.task_type} and {self.data.format}, expected SEQ_CLS and classification "
+                "together, or neither"
+            )
+        if not classifies and metric not in (None, "eval_loss", "perplexity"):
+            lines.append(
+                f"train.metric_for_best_model: found {metric} with model.task_type CAUSAL_LM, expected eval_loss or perplexity"
+            )
+        if classifies and metric == "perplexity":
+            lines.append(
+                "train.metric_for_best_model: found perplexity with model.task_type SEQ_CLS, expected eval_loss or a metric"
+            )
+        if not classifies and self.train.class_weights != "none":
+            lines.append("train.class_weights: found with model.task_type CAUSAL_LM, expected SEQ_CLS")
         for key, asked in (("spike_nats", self.health.spike_nats), ("non_finite", self.health.non_finite)):
             if self.train.save_strategy == "no" and asked not in (None, "stop", "skip"):
                 lines.append(f"health.{key}: found {asked} with train.save_strategy no, expected checkpoints to go back to")

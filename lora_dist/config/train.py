@@ -95,8 +95,12 @@ class TrainArgs:
     """How long before a time limit to stop, besides the time of the longest step and save so far."""
     load_best_model_at_end: bool = True
     """Go back to the best evaluated adapter after the last step."""
-    metric_for_best_model: Literal["eval_loss", "perplexity"] = "eval_loss"
-    """Lower is better; both rank alike."""
+    metric_for_best_model: (
+        Literal["eval_loss", "perplexity", "accuracy", "f1", "matthews_correlation", "pearson", "spearmanr"] | None
+    ) = None
+    """eval_loss and perplexity (lower is better; both rank alike), or a classifier's metric; default: the task's own, else eval_loss."""
+    class_weights: str = "none"
+    """Classification: what each label counts in the loss: none (alike), balanced (by rarity), or comma-separated numbers in label order."""
     push_to_hub: bool = False
     """Upload the final adapter to the Hugging Face Hub, with a model card; that it can be written to is found out before training."""
     hub_model_id: str | None = None
@@ -139,8 +143,19 @@ class TrainArgs:
             yield f"train.save_total_limit: found {self.save_total_limit}, expected 2 or more (the newest and one to fall back on)"
         if not self.push_to_hub and (self.hub_model_id is not None or self.hub_private):
             yield "train.hub_model_id, train.hub_private: found without train.push_to_hub, expected train.push_to_hub true"
+        if self.class_weights not in ("none", "balanced") and weights_of(self.class_weights) is None:
+            yield f"train.class_weights: found {self.class_weights}, expected none, balanced, or comma-separated numbers, not all 0"
         if self.eval_strategy == "no":
             if self.early_stopping_patience is not None:
                 yield "train.early_stopping_patience: needs evaluations, but train.eval_strategy is no"
         if self.save_strategy == "no" and self.load_best_model_at_end and self.eval_strategy != "no":
             yield "train.load_best_model_at_end: needs checkpoints, but train.save_strategy is no (set one of the two)"
+
+
+def weights_of(text: str) -> list[float] | None:
+    """The numbers of `class_weights`; None where it is no list of any."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+    return found if all(0 <= each < float("inf") for each in found) and any(found) else None

@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_dist.data.records import BadRecordError, Format, conversation, question_and_answer, unpacked
+from lora_dist.data.records import FIELDS, BadRecordError, Format, conversation, question_and_answer, unpacked
 from lora_dist.data.templates import PromptTemplate
 from lora_dist.data.tokenise import special_ids, tokenizer_digest
 from lora_dist.log import UserError
@@ -45,6 +45,15 @@ class Encoder:
     eos: int | None
     """put behind the answer unless it is there"""
     train_on_inputs: bool
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """that are read"""
+        return FIELDS[self.kind]
+
+    def encode_batch(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """As the function of that name."""
+        return encode_batch(batch, self)
 
     def key_parts(self) -> dict[str, Any]:
         """JSON values that decide what a record becomes."""

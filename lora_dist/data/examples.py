@@ -15,20 +15,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import datasets
 import numpy as np
 import torch
 from huggingface_hub import constants
 
-from lora_dist.data.encoding import Encoder, encode_batch
 from lora_dist.data.files import LocalSplit
 from lora_dist.data.hub import HubSplit
-from lora_dist.data.records import FIELDS, Format, columns_of, detect_format, record_tables
+from lora_dist.data.records import Format, columns_of, detect_format, record_tables
 from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch
 from lora_dist.data.sources import TextSource, find_splits
 from lora_dist.data.text import processes_for
@@ -41,6 +40,27 @@ _NAMED = 5  # bad records that messages name
 _HASH_ROWS = 4096
 _VERIFY_BYTES = 1 << 30  # as in windows.py
 _FILES = ("tokens", "labels", "starts")
+_TARGETS = "targets"
+
+
+class RecordEncoder(Protocol):
+    """What records are made into examples by: `encoding.Encoder`, `classification.ClassEncoder`."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """that are read"""
+
+    def key_parts(self) -> dict[str, Any]:
+        """JSON values that decide what a record becomes."""
+
+    def encode_batch(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """A row a record: input_ids, labels, lost, answer_tokens, truncated, bad; of classified ones the target, as text, too."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +93,11 @@ class Examples(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __init__(self, folder: Path, *, index: np.ndarray | None = None, digest: str | None = None):
         self._folder, self._index, self._digest = folder, index, digest
         self._open()
+
+    @property
+    def folder(self) -> Path:
+        """of the cache entry"""
+        return self._folder
 
     def _open(self) -> None:
         self._tokens_T, self._labels_T, starts = (
@@ -177,11 +202,15 @@ class ExampleSplits:
     reports: dict[str, RecordsReport]
     from_cache: bool
     """nothing had to be tokenised"""
+    target_numbers: dict[str, np.ndarray] = field(default_factory=dict)
+    """of classified examples (N,), float64: the number to predict, or the place in `target_names`"""
+    target_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """labels as they stand in the data, each once"""
 
 
 def load_examples(
     source: TextSource,
-    encoder: Encoder,
+    encoder: RecordEncoder,
     *,
     max_bad_share: float,
     splits: tuple[str, ...] = ("train", "validation"),
@@ -216,7 +245,11 @@ def load_examples(
             raise UserError(f"data.cache_dir: what was written to {root / key} does not read back, expected a sound disk")
         found[name], reports[name] = entry
         _require_few_bad(name, reports[name], max_bad_share, encoder.kind)
-    return ExampleSplits(found, reports, from_cache)
+    if not all((found_folder / f"{_TARGETS}.npy").is_file() for found_folder in (each.folder for each in found.values())):
+        return ExampleSplits(found, reports, from_cache)
+    targets = {name: np.load(each.folder / f"{_TARGETS}.npy", allow_pickle=False) for name, each in found.items()}
+    names = {name: tuple(json.loads((each.folder / "meta.json").read_text())["targets"]) for name, each in found.items()}
+    return ExampleSplits(found, reports, from_cache, targets, names)
 
 
 def format_of(source: TextSource, cache_dir: str | Path | None = None) -> Format | Literal["text"]:
@@ -264,7 +297,7 @@ def open_examples(root: Path, key: str) -> tuple[Examples, RecordsReport] | None
         return None
 
 
-def _build(root: Path, key: str, name: str, split: LocalSplit | HubSplit, encoder: Encoder, num_proc: int | None) -> None:
+def _build(root: Path, key: str, name: str, split: LocalSplit | HubSplit, encoder: RecordEncoder, num_proc: int | None) -> None:
     with new_entry(root, key, open_examples) as folder:
         scratch = folder / "scratch"
         tables = [
@@ -288,11 +321,26 @@ def _build(root: Path, key: str, name: str, split: LocalSplit | HubSplit, encode
             out_T.flush()
         np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
         digest = _content_digest(Examples(folder))
-        write_meta(folder, {"format": EXAMPLES_FORMAT, "digest": digest, "report": dataclasses.asdict(report)})
+        meta = {"format": EXAMPLES_FORMAT, "digest": digest, "report": dataclasses.asdict(report)}
+        write_meta(folder, {**meta, **_write_targets(folder, tables, encoder)})
 
 
-def _encoded(table: datasets.Dataset, encoder: Encoder, num_proc: int | None, file: Path, desc: str) -> datasets.Dataset:
-    read = [name for name in table.column_names if name in FIELDS[encoder.kind]] or table.column_names
+def _write_targets(folder: Path, tables: Sequence[datasets.Dataset], encoder: RecordEncoder) -> dict[str, Any]:
+    """The targets of the usable records, in order; returns what the entry's meta.json says of them."""
+    if "target" not in tables[0].column_names:
+        return {}
+    texts = [text for table in tables for text, bad in zip(table["target"], table["bad"], strict=True) if bad is None]
+    if encoder.key_parts().get("regression"):
+        np.save(folder / f"{_TARGETS}.npy", np.array([float(text) for text in texts]))
+        return {"targets": []}
+    names = sorted(set(texts))
+    places = {name: i for i, name in enumerate(names)}
+    np.save(folder / f"{_TARGETS}.npy", np.array([places[text] for text in texts], dtype=np.float64))
+    return {"targets": names}
+
+
+def _encoded(table: datasets.Dataset, encoder: RecordEncoder, num_proc: int | None, file: Path, desc: str) -> datasets.Dataset:
+    read = [name for name in table.column_names if name in encoder.columns] or table.column_names
     table = table.select_columns(read)
     processes = num_proc or processes_for(table.data.nbytes)
     features = {
@@ -303,13 +351,14 @@ def _encoded(table: datasets.Dataset, encoder: Encoder, num_proc: int | None, fi
         "truncated": datasets.Value("bool"),
         "bad": datasets.Value("string"),
     }
+    if encoder.kind == "classification":
+        features["target"] = datasets.Value("string")
     return table.map(
-        encode_batch,
+        encoder.encode_batch,
         batched=True,
         batch_size=1000,
         remove_columns=table.column_names,
         features=datasets.Features(features),
-        fn_kwargs={"encoder": encoder},
         num_proc=min(processes, len(table)) if processes > 1 else None,
         cache_file_name=str(file),
         load_from_cache_file=False,

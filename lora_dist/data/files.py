@@ -6,6 +6,7 @@ A split yields parts: `.txt` files, which are running text, and tables of rows (
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from datasets.exceptions import DatasetsError
 
 from lora_dist.log import UserError
 
-_BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 EXTENSIONS = " ".join(_BUILDERS)
 
 
@@ -52,8 +53,13 @@ class LocalSplit:
                 continue
             names = ", ".join(str(path) for path in files)
             try:
+                tabs: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if builder == "tsv" else {}
                 rows = datasets.load_dataset(
-                    builder, data_files={"train": [str(path) for path in files]}, split="train", cache_dir=str(scratch)
+                    "csv" if builder == "tsv" else builder,
+                    data_files={"train": [str(path) for path in files]},
+                    split="train",
+                    cache_dir=str(scratch),
+                    **tabs,
                 )
             except (DatasetsError, ValueError, OSError) as error:
                 cause = first_line(error.__cause__ or error)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch, Rows
+from lora_dist.data.rows import FILLER, RowBatch, Rows
 from lora_dist.data.sampler import StepSlice, epoch_order, grouped_order, stable_seed, step_at, steps_per_epoch
 from lora_dist.process import end_with_parent
 
@@ -43,6 +43,12 @@ class MicroBatch:
     """numbers of the training windows, examples or packed rows, row by row; filler rows have -1"""
     position_ids_BL: torch.Tensor | None = None
     """rows of several examples: positions that start anew with each"""
+    attention_mask_BL: torch.Tensor | None = None
+    targets_B: torch.Tensor | None = None
+    weights_B: torch.Tensor | None = None
+    """these three of classified rows, as in `RowBatch`"""
+    counts: float = 0
+    """what these rows count in the step's loss"""
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,9 @@ class StepBatch:
     """to be stored once the step is done"""
     samples_global: int
     """real samples of the step over all ranks"""
-    label_tokens: int
-    """this rank's labels other than -100 after the causal shift (labels[:, 1:]), summed over its micro-batches"""
+    label_tokens: float
+    """this rank's labels other than -100 after the causal shift (labels[:, 1:]), summed over its micro-batches; of classified rows,
+    their weights"""
     tokens: int
     """this rank's tokens of samples, in all micro-batches"""
     computed_tokens: int
@@ -151,13 +158,20 @@ class StepLoader:
             cursor = step.cursor_after
 
     def _batch(self, step: StepSlice, rows_AB: np.ndarray, read: list[RowBatch]) -> StepBatch:
-        micro_batches, label_tokens = [], 0
+        micro_batches: list[MicroBatch] = []
+        label_tokens: float = 0
         for rows, first, rows_B in zip(read, step.first_positions, rows_AB.tolist(), strict=True):
-            label_tokens += int((rows.labels_BL[:, 1:] != IGNORE_LABEL).sum())
-            ids_BL, labels_BL, positions_BL = map(self._pinned, (rows.input_ids_BL, rows.labels_BL, rows.position_ids_BL))
+            counts = rows.counts
+            label_tokens += counts
+            ids_BL, labels_BL, positions_BL, mask_BL, targets_B, weights_B = map(
+                self._pinned,
+                (rows.input_ids_BL, rows.labels_BL, rows.position_ids_BL, rows.attention_mask_BL, rows.targets_B, rows.weights_B),
+            )
             assert ids_BL is not None and labels_BL is not None
             dropout_seed = stable_seed("dropout", self._seed, step.epoch, first)
-            micro_batches.append(MicroBatch(ids_BL, labels_BL, dropout_seed, tuple(rows_B), positions_BL))
+            micro_batches.append(
+                MicroBatch(ids_BL, labels_BL, dropout_seed, tuple(rows_B), positions_BL, mask_BL, targets_B, weights_B, counts)
+            )
         return StepBatch(
             micro_batches,
             step.epoch,
@@ -180,10 +194,16 @@ def eval_batches(
     Every rank yields the same number of batches, ceil(rows / (batch_size * world)), all of `batch_size` rows; what is missing
     at the end are filler rows (ids 0, labels -100). No packed rows: these would need their positions as well.
     """
-    assert 0 <= rank < world
-    for _, (batch,) in _load(rows, _eval_plan(len(rows), batch_size, rank, world), num_workers):
+    for batch in eval_row_batches(rows, batch_size=batch_size, rank=rank, world=world, num_workers=num_workers):
         assert batch.position_ids_BL is None
         yield batch.input_ids_BL, batch.labels_BL
+
+
+def eval_row_batches(rows: Rows, *, batch_size: int, rank: int, world: int, num_workers: int = 0) -> Iterator[RowBatch]:
+    """As `eval_batches`, with all that a row has. Batch k of a rank begins at row (k * world + rank) * batch_size."""
+    assert 0 <= rank < world
+    for _, (batch,) in _load(rows, _eval_plan(len(rows), batch_size, rank, world), num_workers):
+        yield batch
 
 
 def _eval_plan(count: int, batch_size: int, rank: int, world: int) -> Iterator[tuple[None, np.ndarray]]:

@@ -133,7 +133,8 @@ def _raw_rows(path: Path, option: str) -> Iterator[dict[str, str]]:
 def _records(path: Path, option: str) -> Iterator[Any]:
     """What the records of a JSON or CSV file parse to; a line that does not parse gives a text, which is no record."""
     opened: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
-    read = _csv_records if ".csv" in path.name.lower() else _json_records
+    name = path.name.lower()
+    read = _csv_records if ".csv" in name else _tsv_records if ".tsv" in name else _json_records
     if ".txt" in path.suffixes:
         raise UserError(
             f"{option}: {path} is running text, expected records in .json, .jsonl, .csv or .parquet (or data.format text)"
@@ -174,6 +175,13 @@ def _parsed(line: str) -> Any:
 def _csv_records(file: Any, broken: Callable[[str], UserError]) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)
     for record in csv.DictReader(file, restkey=""):
+        yield f"more fields than the header: {record['']}" if "" in record else record
+
+
+def _tsv_records(file: Any, broken: Callable[[str], UserError]) -> Iterator[Any]:
+    """As GLUE's own files: quotation marks are text."""
+    csv.field_size_limit(1 << 30)
+    for record in csv.DictReader(file, restkey="", delimiter="\t", quoting=csv.QUOTE_NONE):
         yield f"more fields than the header: {record['']}" if "" in record else record
 
 

@@ -26,6 +26,19 @@ class RowBatch(NamedTuple):
     """where they start anew within a row, which then holds several sequences; None: counted from the row's beginning"""
     tokens: int
     """without what was filled up"""
+    attention_mask_BL: Tensor | None = None
+    """1 for tokens, 0 for what was filled up; None: nothing needs it"""
+    targets_B: Tensor | None = None
+    """of classified rows: label numbers (int64), or the numbers to predict (float32); such rows have no label tokens"""
+    weights_B: Tensor | None = None
+    """what each of these counts in the loss, float32; fillers 0"""
+
+    @property
+    def counts(self) -> float:
+        """What the loss is divided by: label tokens after the causal shift, or the weights of classified rows."""
+        if self.weights_B is not None:
+            return float(self.weights_B.double().sum())
+        return int((self.labels_BL[:, 1:] != IGNORE_LABEL).sum())
 
 
 class Rows(Protocol):

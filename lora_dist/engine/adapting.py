@@ -6,7 +6,7 @@ Called by `engine/setup.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,10 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
         task: task_type and modules_to_save, as for `attach_adapter`.
     """
     args = config.adapter
+    targets = args.target_modules
+    if opened.base.heads:
+        task = {"task_type": "SEQ_CLS", "modules_to_save": opened.base.heads, **task}
+        targets = class_targets(opened, targets)
     torch.manual_seed(config.train.seed)
     model = attach_adapter(
         opened.base.model,
@@ -52,7 +56,7 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
         r=args.r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=args.target_modules,
+        target_modules=targets,
         use_rslora=args.use_rslora,
         form=args.form,
         base_fingerprint=opened.base.fingerprint,
@@ -63,11 +67,43 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
         weight_OI=_weight_reader(opened),
         **task,
     )
+    if opened.base.heads:
+        float_heads(model)
     if config.train.gradient_checkpointing:
         with warnings.catch_warnings():  # transformers 5.23 renames it, 5.17 has this name only
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def class_targets(opened: BaseAndPattern, wanted: Sequence[str]) -> list[str]:
+    """Linears of a classifier by their whole names: all-linear is those of the layers (the head is trained whole), and `dense` the
+    attention's output, as LoRA's guides for BERT mean it."""
+    names = [linear.name for linear in opened.linears]
+    if list(wanted) == ["all-linear"]:
+        return names
+    attention = [name for name in names if name.endswith("attention.output.dense")]
+    found = []
+    for target in wanted:
+        inside = attention if target == "dense" and attention else [n for n in names if n == target or n.endswith(f".{target}")]
+        found += inside or [target]
+    return list(dict.fromkeys(found))
+
+
+def float_heads(model: Any) -> None:
+    """Hold what is trained whole in float32, and feed it that, whatever the base computes in."""
+    for module in model.modules():
+        held = getattr(module, "modules_to_save", None)
+        if not isinstance(held, torch.nn.ModuleDict):
+            continue
+        if any(parameter.dtype != torch.float32 for parameter in held.parameters()):
+            held.float()
+            for each in held.values():
+                each.register_forward_pre_hook(_to_float)
+
+
+def _to_float(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _weight_reader(opened: BaseAndPattern) -> Callable[[str], Tensor] | None:

@@ -17,6 +17,7 @@ from lora_dist.blocks import Guard, NamedLinear, Pattern, Piece
 from lora_dist.engine.pattern import FoundPattern, base_pattern
 from lora_dist.log import UserError
 from lora_dist.models.architecture import decoder_layers, prunable_linears
+from lora_dist.models.heads import HeadSpec
 from lora_dist.models.loading import BaseSource, LoadedBase, load_whole, open_base
 from lora_dist.models.quantised import DequantisedReader, Quantisation, QuantisedReader, codes, quantised_layers, state_tensors
 from lora_dist.models.sources import SourceFacts, read_facts
@@ -49,6 +50,7 @@ def load_for(
     quantisation: Quantisation | None = None,
     dequantise: bool = False,
     check: Callable[[BaseSource], None] = lambda source: None,
+    head: HeadSpec | None = None,
 ) -> BaseAndPattern:
     """Collective. Load a base and find its pattern.
 
@@ -58,6 +60,7 @@ def load_for(
         dtype: None keeps what is stored; of a quantised base, the precision to compute in.
         quantisation: hold the linears of the decoder layers quantised; fingerprint and pattern are those of the stored weights.
         dequantise: hold them as ordinary weights instead, of the values that the quantised ones stand for.
+        head: of a classifier; None: a causal language model.
         check: looks at the small files before gigabytes are read; raises UserError.
 
     Raises:
@@ -69,6 +72,7 @@ def load_for(
             config_name=config_name,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            head=head,
         )
         check(source)
     if sharded and quantisation is not None and quantisation.bits == 8 and not dequantise:
@@ -206,6 +210,6 @@ def shard_units(model: Any) -> list[nn.Module]:
     """What is gathered and freed as one: each decoder layer; embedding and head too, where each has its own weight."""
     units = list(decoder_layers(model)[1])
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is not None and head.weight is not embedding.weight:
+    if getattr(head, "weight", None) is not None and head.weight is not embedding.weight:
         units += [embedding, head]
     return units

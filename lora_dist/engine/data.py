@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_dist.config import RunConfig
-from lora_dist.data.encoding import Encoder, make_encoder
+from lora_dist.config import RunConfig, weights_of
+from lora_dist.data.classification import ClassEncoder, ClassRows, Subset, balanced_weights, class_rows, subset_of
+from lora_dist.data.encoding import make_encoder
 from lora_dist.data.examples import ExampleSplits, format_of, load_examples
 from lora_dist.data.packing import PackedExamples
 from lora_dist.data.records import Format
@@ -16,7 +17,9 @@ from lora_dist.data.rows import Rows
 from lora_dist.data.sources import TextSource
 from lora_dist.data.templates import load_template
 from lora_dist.data.text import hold_out, load_windows
+from lora_dist.engine.task import CausalTask, ClassTask, Task
 from lora_dist.log import UserError
+from lora_dist.models.heads import HeadSpec
 from lora_dist.models.loading import LoadedBase
 from lora_dist.monitor.console import Console
 from lora_dist.parallel import World
@@ -28,6 +31,7 @@ _EXAMPLE_KEYS = (
     f"data.format, {_SOURCE_KEYS}, data.prompt_template, data.train_on_inputs, data.add_eos_token, data.special_tokens, {_END_KEYS}, "
     "data.packing, data.packing_length"
 )
+_CLASS_KEYS = f"{_SOURCE_KEYS}, data.text_column, data.text_pair_column, data.label_column, train.class_weights, {_END_KEYS}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class RunData:
     """what the rows to train on are"""
     content_keys: str
     """the options that they follow from, their number apart"""
+    task: Task
 
 
 def run_data(config: RunConfig, world: World, console: Console, base: LoadedBase) -> RunData:
@@ -71,6 +76,8 @@ def run_data(config: RunConfig, world: World, console: Console, base: LoadedBase
             ]
             if problems:
                 raise UserError(problems)
+    if kind == "classification":
+        return _classes(config, world, console, base, source)
     if kind == "text":
         return _windows(config, world, console, base, source)
     return _examples(config, world, console, base, source, kind)
@@ -96,7 +103,7 @@ def _windows(config: RunConfig, world: World, console: Console, base: LoadedBase
     if evaluation is not None and data.max_eval_samples is not None:
         evaluation = evaluation.take(data.max_eval_samples)
     _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
-    return RunData(training, None if train.eval_strategy == "no" else evaluation, "windows", _TEXT_KEYS)
+    return RunData(training, None if train.eval_strategy == "no" else evaluation, "windows", _TEXT_KEYS, CausalTask())
 
 
 def _examples(config: RunConfig, world: World, console: Console, base: LoadedBase, source: TextSource, kind: Format) -> RunData:
@@ -127,13 +134,102 @@ def _examples(config: RunConfig, world: World, console: Console, base: LoadedBas
     if evaluation is not None and data.max_eval_samples is not None:
         evaluation = evaluation.take(data.max_eval_samples)
     _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
-    _tell_records(config, console, encoder, loaded)
+    console.examples(
+        encoder.kind,
+        by_columns=data.format == "auto",
+        template=encoder.template.name if encoder.template is not None else None,
+        answers_only=not encoder.train_on_inputs,
+    )
+    _tell_records(console, data.block_size, loaded)
     scored = None if train.eval_strategy == "no" or evaluation is None else evaluation.by_length()
     if not data.packing:
-        return RunData(training, scored, "examples", _EXAMPLE_KEYS)
+        return RunData(training, scored, "examples", _EXAMPLE_KEYS, CausalTask())
     packed = PackedExamples(training, data.packing_length or data.block_size, train.seed)
     console.packed(examples=len(training), rows=len(packed), capacity=packed.capacity, fill=packed.fill)
-    return RunData(packed, scored, "packed rows", _EXAMPLE_KEYS)
+    return RunData(packed, scored, "packed rows", _EXAMPLE_KEYS, CausalTask())
+
+
+def subset_for(config: RunConfig) -> Subset:
+    """Columns, labels and metrics, as asked for or as GLUE has them."""
+    data, count = config.data, config.model.num_labels
+    return subset_of(
+        data.dataset_name,
+        data.dataset_config_name,
+        text=None if data.text_column == "text" else data.text_column,
+        pair=data.text_pair_column,
+        label=data.label_column,
+        regression=count == 1,
+        binary=count == 2,
+    )
+
+
+def head_for(config: RunConfig) -> HeadSpec | None:
+    """The head of a classifier; None for a causal language model."""
+    if config.model.task_type != "SEQ_CLS":
+        return None
+    subset = subset_for(config)
+    known = len(subset.labels) or (1 if "pearson" in subset.metrics else None)
+    return HeadSpec(config.model.num_labels or known, config.train.seed)
+
+
+def _classes(config: RunConfig, world: World, console: Console, base: LoadedBase, source: TextSource) -> RunData:
+    data, train, model = config.data, config.train, base.model.config
+    subset = subset_for(config)
+    regression = model.num_labels == 1
+    encoder = ClassEncoder(base.tokenizer, data.block_size, subset, regression)
+    with world.main_first():
+        loaded = load_examples(
+            source,
+            encoder,
+            max_bad_share=data.max_bad_share,
+            num_proc=data.preprocessing_num_workers,
+            cache_dir=data.cache_dir,
+        )
+    _require_train(data.dataset_name, list(loaded.splits))
+    rows, labels = class_rows(loaded, encoder, model.num_labels, model.get_text_config().pad_token_id or 0)
+    if labels is not None:
+        model.id2label = dict(enumerate(labels.names))
+        model.label2id = {name: number for number, name in enumerate(labels.names)}
+    training, evaluation = rows["train"], rows.get("validation")
+    if train.eval_strategy != "no" and evaluation is None:
+        training, evaluation = hold_out(training, data.holdout_windows, train.seed, noun="examples")
+    if data.max_train_samples is not None:
+        training = training.take(data.max_train_samples)
+    if evaluation is not None and data.max_eval_samples is not None:
+        evaluation = evaluation.take(data.max_eval_samples)
+    training = training.weighted(_class_weights(train.class_weights, training, model.num_labels))
+    _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
+    _tell_records(console, data.block_size, loaded)
+    metrics = (
+        subset.metrics
+        if regression == ("pearson" in subset.metrics)
+        else ("pearson", "spearmanr")
+        if regression
+        else ("accuracy",)
+    )
+    best = train.metric_for_best_model or metrics[0]
+    if best != "eval_loss" and (best in ("pearson", "spearmanr")) != regression:
+        raise UserError(
+            f"train.metric_for_best_model: found {best} with {model.num_labels} labels, expected eval_loss or one of {', '.join(metrics)}"
+        )
+    metrics = tuple(dict.fromkeys((*metrics, *([best] if best != "eval_loss" else []))))
+    scored = None if train.eval_strategy == "no" or evaluation is None else evaluation.by_length()
+    return RunData(training, scored, "examples", _CLASS_KEYS, ClassTask(metrics, best))
+
+
+def _class_weights(asked: str, rows: ClassRows, num_labels: int) -> list[float] | None:
+    """What each label counts; None: alike."""
+    if asked == "none":
+        return None
+    if num_labels == 1:
+        raise UserError(f"train.class_weights: found {asked}, but a number is predicted, expected none")
+    if asked == "balanced":
+        return balanced_weights(rows.targets_N, num_labels)
+    weights = weights_of(asked)
+    assert weights is not None
+    if len(weights) != num_labels:
+        raise UserError(f"train.class_weights: found {len(weights)} numbers, expected {num_labels}, one a label")
+    return weights
 
 
 def _require_train(name: str, splits: list[str]) -> None:
@@ -148,13 +244,7 @@ def _tell_loaded(config: RunConfig, console: Console, train: int, evaluation: in
     )
 
 
-def _tell_records(config: RunConfig, console: Console, encoder: Encoder, loaded: ExampleSplits) -> None:
-    console.examples(
-        encoder.kind,
-        by_columns=config.data.format == "auto",
-        template=encoder.template.name if encoder.template is not None else None,
-        answers_only=not encoder.train_on_inputs,
-    )
+def _tell_records(console: Console, max_length: int, loaded: ExampleSplits) -> None:
     for split, report in loaded.reports.items():
         console.records(
             split if len(loaded.reports) > 1 else None,
@@ -162,6 +252,6 @@ def _tell_records(config: RunConfig, console: Console, encoder: Encoder, loaded:
             bad=report.bad,
             first_bad=report.first_bad(),
             truncated=report.truncated,
-            max_length=encoder.max_length,
+            max_length=max_length,
             lost_share=report.lost_share,
         )

@@ -7,10 +7,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_dist.data.loader import eval_batches
+from lora_dist.data.loader import eval_row_batches
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import Mark
-from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
+from lora_dist.engine.task import criterion, figures_of
+from lora_dist.evaluation.perplexity import EvalResult
 from lora_dist.log import UserError
 
 Record = Callable[[str, Mapping[str, float]], None]
@@ -36,18 +37,20 @@ class Evaluations:
         if state.step == 0 and not math.isfinite(result.loss):
             raise UserError(f"evaluation at step 0: found a loss of {result.loss} before any training: the base itself is broken")
         before = state.best_metric
-        better = before is None or result.loss < before - p.config.train.early_stopping_threshold
+        found = criterion(result, p.task.best)
+        better = before is None or found < before - p.config.train.early_stopping_threshold
         if state.step == 0:
             state.first_eval_loss = result.loss
         if better:
-            state.best_metric, state.best_step, state.evals_without_improvement = result.loss, state.step, 0
+            state.best_metric, state.best_step, state.evals_without_improvement = found, state.step, 0
         else:
             state.evals_without_improvement += 1
         p.console.evaluated(
             step=state.step,
             **self._figures(result),
             better=better,
-            before=None if before is None else math.exp(min(before, 700)),
+            before=before,
+            best=p.task.best,
         )
         self._write("eval", result)
         return better and state.step > 0
@@ -57,7 +60,7 @@ class Evaluations:
         p, state = self._parts, self._parts.state
         result = self._measure(final=True)
         first = None if state.first_eval_loss is None else math.exp(min(state.first_eval_loss, 700))
-        p.console.final_results(**self._figures(result), first=first)
+        p.console.final_results(**self._figures(result), first=first if p.task.best == "eval_loss" else None)
         self._write("final", result)
         return result
 
@@ -66,7 +69,7 @@ class Evaluations:
         assert p.eval_rows is not None
         p.console.evaluation_starts(len(p.eval_rows), batch_size, final=final)
         bar = p.console.bar(math.ceil(len(p.eval_rows) / (batch_size * p.world.size)), "Evaluating")
-        batches = eval_batches(p.eval_rows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
+        batches = eval_row_batches(p.eval_rows, batch_size=batch_size, rank=p.world.rank, world=p.world.size)
 
         done = itertools.count(1)
         self._mark("evaluation", p.state.step, 0)
@@ -77,7 +80,7 @@ class Evaluations:
             self._mark("evaluation", p.state.step, next(done))
 
         try:
-            result = evaluate_loss(p.strategy.module, batches, world=p.world, samples=len(p.eval_rows), on_batch=on_batch)
+            result = p.task.evaluate(p.strategy.module, batches, world=p.world, samples=len(p.eval_rows), on_batch=on_batch)
         finally:
             bar.close()
         self.times_s.append(result.runtime_s)
@@ -90,7 +93,7 @@ class Evaluations:
         """What the console shows of an evaluation."""
         return {
             "loss": result.loss,
-            "perplexity": result.perplexity,
+            "figures": figures_of(result),
             "runtime_s": result.runtime_s,
             "samples": result.samples,
             "steps": result.steps,
@@ -102,7 +105,7 @@ class Evaluations:
             event,
             {
                 "eval_loss": result.loss,
-                "perplexity": result.perplexity,
+                **figures_of(result),
                 "eval_runtime_s": result.runtime_s,
                 "eval_tokens": result.tokens,
                 "epoch": self._epoch(),

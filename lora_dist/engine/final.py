@@ -52,7 +52,9 @@ def next_steps(parts: Parts) -> list[str]:
     base, adapter = shlex.quote(parts.config.model.name_or_path), shlex.quote(str(final_folder(parts)))
     merged = shlex.quote(str(parts.output_dir / "merged"))
     data = parts.config.data
-    if data.format == "text":
+    if data.format == "classification":
+        use = ["1. Ask the fine-tuned classifier:", f'   lora-dist classify {base} --adapter {adapter} --text "..."']
+    elif data.format == "text":
         use = [
             "1. Evaluate the fine-tuned model:",
             f"   LORA_WEIGHTS={adapter} PRUNED_MODEL={base} ./scripts/evaluate_lora_block.sh",

@@ -23,6 +23,7 @@ from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import NonFiniteError, StepResult
 from lora_dist.engine.stop import TIME_LIMIT, Stop, Stopped, first_reason
+from lora_dist.engine.task import figures_of
 from lora_dist.engine.watch import STACKS, Watch
 from lora_dist.evaluation.perplexity import EvalResult
 from lora_dist.log import EXIT_HUNG, UserError
@@ -230,6 +231,9 @@ class Loop:
         if p.strategy.loss_scale is not None:
             state.loss_scale, state.loss_scale_good_steps = p.strategy.loss_scale.scale, p.strategy.loss_scale.good_steps
         self._since_log_tokens += result.label_tokens
+        if result.correct is not None:
+            state.correct_window += result.correct
+            state.rows_window += batch.samples_global
         if len(self._step_times_s) == min(EXPECT_AFTER_STEPS, p.total_steps):
             p.console.expected_time(self._expected_s())
         return result
@@ -245,6 +249,8 @@ class Loop:
             return  # every step since the last line was left out
         loss = state.loss_window_sum / state.loss_window_steps
         state.loss_window_sum, state.loss_window_steps, state.last_train_loss = 0.0, 0, loss
+        accuracy = {"accuracy": state.correct_window / state.rows_window} if state.rows_window else {}
+        state.correct_window, state.rows_window = 0, 0
         rate, epoch = self._rate(state.step - 1), self.state.cursor / len(p.train_rows)
         p.console.step(step=state.step, total=p.total_steps, loss=loss, rate=rate, epoch=epoch, elapsed_s=self._elapsed_s())
         tokens_per_s = self._since_log_tokens / self._since_log_s
@@ -253,6 +259,7 @@ class Loop:
         self._since_log_padding, self._since_log_computed = 0.0, 0.0
         values: dict[str, float] = {
             "loss": loss,
+            **accuracy,
             "learning_rate": rate,
             "grad_norm": result.grad_norm,
             "epoch": epoch,
@@ -353,7 +360,7 @@ class Loop:
             seconds=self._elapsed_s(),
             train_loss=state.last_train_loss,
             eval_loss=final.loss if final else None,
-            perplexity=final.perplexity if final else None,
+            perplexity=figures_of(final).get("perplexity") if final else None,
             best_checkpoint=best,
         )
         p.console.complete(final_folder(p), next_steps(p))

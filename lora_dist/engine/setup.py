@@ -24,13 +24,14 @@ from lora_dist.engine.attempts import Attempt
 from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, quantised_weights, require_finite
 from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
-from lora_dist.engine.data import RunData, run_data
+from lora_dist.engine.data import RunData, head_for, run_data
 from lora_dist.engine.held import HeldFolder
 from lora_dist.engine.opening import Opening, versions
 from lora_dist.engine.packing import require_separate
 from lora_dist.engine.pattern import FoundPattern, adapter_pattern
 from lora_dist.engine.schedule import warmup_steps
 from lora_dist.engine.step import Stepper
+from lora_dist.engine.task import Task
 from lora_dist.engine.wrap import StrategyPlan, plan_strategy, wrap
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.loading import BaseSource, LoadedBase
@@ -56,6 +57,7 @@ class Parts:
     """the PEFT model"""
     strategy: Strategy
     stepper: Stepper
+    task: Task
     allocation: Allocation | None
     """of AdaLoRA's ranks"""
     loader: StepLoader
@@ -116,7 +118,7 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     if checkpoint is not None:
         check_adapter(checkpoint, config)
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
-    strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint)
+    strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint, data.task)
     pieces = base_pieces(base.model, strategy.piece)
     require_finite(world, pieces)
     guard = make_guard(
@@ -165,7 +167,8 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         guard=guard,
         model=model,
         strategy=strategy,
-        stepper=Stepper(strategy, world, allocation),
+        stepper=Stepper(strategy, world, allocation, data.task),
+        task=data.task,
         allocation=allocation,
         loader=loader,
         train_rows=data.train,
@@ -193,12 +196,13 @@ def _strategy(
     model: Any,
     opened: BaseAndPattern,
     checkpoint: Checkpoint | None,
+    task: Task,
 ) -> Strategy:
     """The wrapped model, in force, with what each process holds on the console."""
     loss_scale = LossScale() if config.train.fp16 else None
     if loss_scale is not None and checkpoint is not None and checkpoint.state.loss_scale is not None:
         loss_scale = LossScale(checkpoint.state.loss_scale, checkpoint.state.loss_scale_good_steps)
-    strategy, notes = wrap(config, world, plan, model, opened, loss_scale)
+    strategy, notes = wrap(config, world, plan, model, opened, loss_scale, task)
     for note in notes:
         console.note(note)
     if strategy.name != "ddp":
@@ -271,6 +275,7 @@ def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan)
         quantisation=quantisation_of(
             args.load_in_4bit, args.load_in_8bit, args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant
         ),
+        head=head_for(config),
         check=check,
     )
     base = opened.base

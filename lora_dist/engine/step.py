@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward over its micro-batches, the gradients' sum, clipping, the update.
 
-The loss is the cross-entropy summed over the label tokens of the whole step (all micro-batches, all processes) divided by their
+The loss is summed over the label tokens (or labelled rows) of the whole step (all micro-batches, all processes) and divided by their
 number, so how a batch is split changes nothing (design section 6). Behind a loss or gradients that are not finite the optimizer does
 not move on any process; what was found is reported, and `engine/health.py` decides. Called by `engine/loop.py` only.
 """
@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from lora_dist.data.loader import MicroBatch
-from lora_dist.data.rows import IGNORE_LABEL
+from lora_dist.engine.task import CausalTask, Task
 from lora_dist.log import UserError
-from lora_dist.models.loss import causal_loss_sum
 from lora_dist.parallel import Strategy, World
 
 Mark = Callable[[str, int, int], None]
@@ -112,13 +111,16 @@ class StepResult:
     """False where nothing moved: fp16 overflowed, or there is a problem"""
     step_time_s: float
     problem: Problem | None = None
+    correct: int | None = None
+    """rows that were classified rightly in the forward pass of training, over all processes; None: not a classifier"""
 
 
 class Stepper:
     """Takes optimizer steps on a strategy."""
 
-    def __init__(self, strategy: Strategy, world: World, allocation: Allocation | None = None):
-        self.strategy, self.world, self._allocation = strategy, world, allocation
+    def __init__(self, strategy: Strategy, world: World, allocation: Allocation | None = None, task: Task | None = None):
+        self.strategy, self.world, self._allocation, self._task = strategy, world, allocation, task or CausalTask()
+        self._correct: list[Tensor] = []
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over label tokens, on the device
 
     def run(
@@ -147,7 +149,8 @@ class Stepper:
         loss_sum = self._backward(micro_batches, total_tokens, step, mark)
         mark("agreeing on the loss", step, -1)
         # A wait for the device: the optimizer may move only behind a finite loss.
-        loss = self.world.sum([float(loss_sum)])[0] / total_tokens
+        loss, *correct = self.world.sum([float(loss_sum), *([float(sum(self._correct))] if self._correct else [])])
+        loss /= total_tokens
         finite = math.isfinite(loss)
         problem, norm, applied = None, math.nan, False
         if finite and loss <= loss_limit:
@@ -161,19 +164,23 @@ class Stepper:
         else:
             problem = self._problem(step, "spike" if finite else "loss", loss, micro_batches)
             self.strategy.discard()
-        return StepResult(loss, norm, int(total_tokens), applied, time.perf_counter() - start, problem)
+        return StepResult(
+            loss, norm, int(total_tokens), applied, time.perf_counter() - start, problem, int(correct[0]) if correct else None
+        )
 
     def _backward(self, micro_batches: Sequence[MicroBatch], total_tokens: float, step: int, mark: Mark) -> Tensor:
         """Gradients of the step's mean loss; returns this rank's loss sum, on the device."""
         device = self.world.device
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self._losses.clear()
+        self._correct.clear()
         for i, batch in enumerate(micro_batches):
             mark("forward and backward", step, i)
             torch.manual_seed(batch.dropout_seed)  # dropout is counted, not carried: same position, same masks
-            positions = batch.position_ids_BL.to(device) if batch.position_ids_BL is not None else None
-            loss = causal_loss_sum(self.strategy.module, batch.input_ids_BL.to(device), batch.labels_BL.to(device), positions)
+            loss, correct = self._task.loss_sum(self.strategy.module, batch, device)
             self._losses.append(loss.detach())
+            if correct is not None:
+                self._correct.append(correct)
             loss_sum += loss.detach().double()
             share = loss / total_tokens
             if self._allocation is not None and i == 0 and self.world.is_main:  # once a step: gradients are summed
@@ -194,8 +201,8 @@ class Stepper:
         """Collective: what every process saw of the step, put together."""
         seen = []
         for batch, loss in zip(micro_batches, self._losses, strict=True):
-            tokens = int((batch.labels_BL[:, 1:] != IGNORE_LABEL).sum())
-            seen.append(Seen(float(loss) / max(tokens, 1), tokens, batch.windows))
+            counts = batch.counts
+            seen.append(Seen(float(loss) / (counts or 1), int(counts), batch.windows))
         own = self.strategy.own_gradients_finite() if kind in ("gradient", "overflow") else None
         everywhere = self.world.gather((tuple(seen), self.strategy.non_finite(), own))
         bad_names = {name for _, names, _ in everywhere for name in names}

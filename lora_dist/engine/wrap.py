@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lora_dist.config import ModelArgs, RunConfig, TrainArgs
 from lora_dist.engine.base import BaseAndPattern, shard_units
 from lora_dist.engine.batch import BatchPlan
+from lora_dist.engine.task import Task
 from lora_dist.log import UserError
-from lora_dist.models.loss import causal_loss_sum
 from lora_dist.parallel import AdamWArgs, LossScale, Replicated, Strategy, World, launch_problems
 from lora_dist.parallel.ds_config import RunFacts, resolve_strategy, zero_config
 
@@ -173,7 +172,13 @@ def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_siz
 
 
 def wrap(
-    config: RunConfig, world: World, plan: StrategyPlan, model: Any, opened: BaseAndPattern, loss_scale: LossScale | None
+    config: RunConfig,
+    world: World,
+    plan: StrategyPlan,
+    model: Any,
+    opened: BaseAndPattern,
+    loss_scale: LossScale | None,
+    task: Task,
 ) -> tuple[Strategy, list[str]]:
     """Collective. The PEFT model under its strategy, checked to be in force, and notes for the console.
 
@@ -212,14 +217,8 @@ def wrap(
             stage=plan.stage,
             config=engine_config,
             reader=opened.reader,
-            prime=lambda module: _smallest_loss(module, world.device),
+            prime=lambda module: task.smallest_loss(module, world.device),
             **common,
         )
     strategy.check_in_force()
     return strategy, notes
-
-
-def _smallest_loss(module: nn.Module, device: torch.device) -> Tensor:
-    """A forward pass that costs next to nothing."""
-    ids_BL = torch.zeros((1, 2), dtype=torch.long, device=device)
-    return causal_loss_sum(module, ids_BL, ids_BL)

@@ -1,6 +1,7 @@
-"""Where a model keeps its decoder layers, and which linears may be pruned: those of the decoder layers, nothing else.
+"""Where a model keeps its layers (of a decoder or an encoder), and which linears may be pruned: those of the layers, nothing else.
 
-Llama, Mistral, Qwen2/3 keep them in `model.layers`, GPT-2 in `transformer.h`, OPT in `model.decoder.layers`; the search is for
+Llama, Mistral, Qwen2/3 keep them in `model.layers`, GPT-2 in `transformer.h`, OPT in `model.decoder.layers`, BERT in `bert.encoder.layer`;
+ the search is for
 the repeated blocks, not for names. Called by `engine/` (prune, setup).
 """
 
@@ -33,6 +34,9 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     found = _block_lists(model)
+    groups = getattr(getattr(model, "config", None), "num_hidden_groups", None)
+    if groups is not None:
+        count = groups  # ALBERT's layers share their weights by groups
     if count is not None:
         found = [(name, layers) for name, layers in found if len(layers) == count]
     if len(found) != 1:
@@ -40,7 +44,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         expected = "one list of repeated decoder layers" + ("" if count is None else f" of length {count}")
         raise UserError(
             f"model class {type(model).__name__}: expected {expected}, found {seen}; decoder-only models such as Llama, Mistral, "
-            "Qwen2, Qwen3, GPT-2 and OPT are understood"
+            "Qwen2, Qwen3, GPT-2 and OPT, and encoders such as BERT, are understood"
         )
     return found[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lora_dist.log import UserError, logger
 from lora_dist.models.sources import open_shard, some, stored_shapes, weight_files
@@ -19,7 +19,13 @@ from lora_dist.models.uneven import LayerWidths, apply_widths
 
 
 def build_empty(
-    config: Any, *, dtype: torch.dtype, device: str, widths: LayerWidths | None, trust_remote_code: bool = False
+    config: Any,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    widths: LayerWidths | None,
+    trust_remote_code: bool = False,
+    classifier: bool = False,
 ) -> Any:
     """The model of a configuration, its parameters on the meta device, its computed buffers (rotary frequencies) on `device`.
 
@@ -30,7 +36,8 @@ def build_empty(
         UserError: a class that cannot be built without weights, or whose layers cannot have widths of their own.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+        model = auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     if widths is not None:
         apply_widths(model, widths)
     model.tie_weights()
@@ -77,7 +84,10 @@ def match_names(model: Any, source_dir: Path, shapes: Mapping[str, tuple[int, ..
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     keys, missing, wrong = {}, [], []
+    new = getattr(model, "new_head_tensors", ())
     for name, tensor in [*model.named_parameters(), *stored_buffers(model)]:
+        if name in new:
+            continue
         found = next((k for k in (name, name.removeprefix(prefix), prefix + name) if k in shapes), None)
         if found is None:
             missing.append(name)

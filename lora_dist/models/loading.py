@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as hf_logging
 
 from lora_dist.log import UserError, logger
 from lora_dist.models.building import build_empty, fill
+from lora_dist.models.heads import HeadSpec, configure_head, head_modules, start_head
 from lora_dist.models.hub import resolve
 from lora_dist.models.sources import SourceFacts, read_facts, some, stored_shapes, weight_files
 from lora_dist.models.uneven import LayerWidths, NotStructured, find_widths
@@ -50,6 +51,8 @@ class LoadedBase:
     """precision that most of the source tensors are stored in"""
     use_cache: bool
     """what the model's configuration said before it was turned off"""
+    heads: tuple[str, ...] = ()
+    """modules of a classification head, which are trained whole"""
 
 
 @contextmanager
@@ -88,6 +91,8 @@ class BaseSource:
     """of the decoder layers, where structured pruning made them uneven"""
     misfit: str = ""
     """why shapes that differ from the configuration's are not structured pruning"""
+    head: HeadSpec | None = None
+    """of a classifier; None: a causal language model"""
 
     @property
     def context(self) -> int | None:
@@ -101,22 +106,26 @@ def open_base(
     config_name: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    head: HeadSpec | None = None,
 ) -> BaseSource:
-    """Find a causal language model and read its configuration and tokenizer. Arguments and errors as `load_base`."""
+    """Find a model and read its configuration and tokenizer. Arguments and errors as `load_base`."""
     source_dir = resolve(name_or_path, _MODEL_KEY, code=trust_remote_code)
     _require_model(source_dir, name_or_path)
     config_from = _config_source(source_dir, name_or_path, config_name)
     tokenizer_from = _tokenizer_source(source_dir, name_or_path, config_name, trust_remote_code)
     config = _load_config(config_from, attn_implementation, trust_remote_code)
     tokenizer = load_tokenizer(tokenizer_from.folder, tokenizer_from.name, trust_remote_code=trust_remote_code)
-    generation = None if config_from.folder == source_dir else generation_config((source_dir, config_from.folder), config)
+    if head is not None:
+        configure_head(config, head, tokenizer)
+    own = head is not None or config_from.folder == source_dir
+    generation = None if own else generation_config((source_dir, config_from.folder), config)
     widths, misfit = None, ""
     try:
         widths = find_widths(stored_shapes(source_dir), config)
     except NotStructured as reason:  # part of the error that loading the weights is going to be
         misfit = str(reason)
     return BaseSource(
-        source_dir, config, tokenizer, generation, config_from.name, tokenizer_from.name, trust_remote_code, widths, misfit
+        source_dir, config, tokenizer, generation, config_from.name, tokenizer_from.name, trust_remote_code, widths, misfit, head
     )
 
 
@@ -129,8 +138,9 @@ def load_base(
     trust_remote_code: bool = False,
     device: str = "cpu",
     progress: bool = True,
+    head: HeadSpec | None = None,
 ) -> LoadedBase:
-    """Load a causal language model, frozen, with its tokenizer.
+    """Load a causal language model or a classifier, frozen, with its tokenizer.
 
     Args:
         name_or_path: directory or hub name.
@@ -140,6 +150,7 @@ def load_base(
         trust_remote_code: run model code that comes with the model.
         device: where to put it.
         progress: show a bar, `Loading checkpoint shards`.
+        head: of a classifier; None loads a causal language model.
 
     Raises:
         UserError: something is missing, broken, or does not fit together.
@@ -149,6 +160,7 @@ def load_base(
         config_name=config_name,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        head=head,
     )
     return load_whole(source, read_facts(source.source_dir, progress=progress), dtype=dtype, device=device)
 
@@ -262,12 +274,15 @@ def generation_config(folders: Sequence[Path], config: Any) -> GenerationConfig:
 def _load_model(source: BaseSource, dtype: torch.dtype, device: str) -> Any:
     # Straight to an accelerator: several processes of one machine must not hold a copy each in its memory.
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    auto, extra = AutoModelForCausalLM, {"generation_config": source.generation}
+    if source.head is not None:
+        auto, extra = AutoModelForSequenceClassification, {}
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 str(source.source_dir),
                 config=source.config,
-                generation_config=source.generation,
+                **extra,
                 dtype=dtype,
                 trust_remote_code=source.trust_remote_code,
                 local_files_only=True,
@@ -277,9 +292,26 @@ def _load_model(source: BaseSource, dtype: torch.dtype, device: str) -> Any:
             )
     except (OSError, ValueError, ImportError) as error:
         key = "model.attn_implementation" if "attn_implementation" in str(error) else _MODEL_KEY
-        raise UserError(f"{key}: {source.source_dir}: cannot be loaded as a causal language model ({_line(error)})") from error
+        raise UserError(
+            f"{key}: {source.source_dir}: cannot be loaded as {_KINDS[source.head is not None]} ({_line(error)})"
+        ) from error
+    if source.head is not None:
+        new = missing_head(model, {*info["missing_keys"], *(name for name, _, _ in info["mismatched_keys"])})
+        info["missing_keys"] = set(info["missing_keys"]) - new
+        info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in new}
+        start_head(model, new, source.head.seed)
+        model.new_head_tensors = tuple(sorted(new))
     _require_fit(source, type(model).__name__, info)
     return model
+
+
+_KINDS = {False: "a causal language model", True: "a sequence classifier"}
+
+
+def missing_head(model: Any, missing: set[str]) -> set[str]:
+    """Those of the missing tensors that are a head's, which a base need not have."""
+    heads = head_modules(model, missing)
+    return {name for name in missing if any(name.startswith(f"{head}.") for head in heads)}
 
 
 def _require_fit(source: BaseSource, class_name: str, info: dict[str, Any]) -> None:
@@ -336,4 +368,5 @@ def frozen(model: Any, source: BaseSource, facts: SourceFacts) -> LoadedBase:
         source.tokenizer_from,
         facts.dtype,
         use_cache,
+        tuple(head_modules(model, getattr(model, "new_head_tensors", ()))) if source.head is not None else (),
     )

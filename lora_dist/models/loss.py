@@ -1,4 +1,4 @@
-"""Causal language-model loss, summed: whoever calls divides by the label tokens of the whole optimizer step (design section 6)."""
+"""Losses, summed: whoever calls divides by the label tokens, or the weights, of the whole optimizer step (design section 6)."""
 
 from __future__ import annotations
 
@@ -23,3 +23,15 @@ def causal_loss_sum(model: nn.Module, input_ids_BL: Tensor, labels_BL: Tensor, p
     logits_BLV = model(input_ids=input_ids_BL, use_cache=False, **positions).logits
     targets = labels_BL[:, 1:].reshape(-1)
     return F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
+
+
+def class_losses(logits_BC: Tensor, targets_B: Tensor) -> Tensor:
+    """A row's cross-entropy of its label number, or squared error of its number to predict; float32 (B,).
+
+    Args:
+        logits_BC: C classes, or one number.
+        targets_B: int64 label numbers, or float32 numbers.
+    """
+    if targets_B.is_floating_point():
+        return (logits_BC.squeeze(-1).float() - targets_B) ** 2
+    return F.cross_entropy(logits_BC.float(), targets_B, reduction="none")

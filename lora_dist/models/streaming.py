@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_dist.log import UserError
-from lora_dist.models.building import build_empty, match_names, stored_buffers
-from lora_dist.models.loading import BaseSource, LoadedBase, frozen, generation_config, quiet_transformers
-from lora_dist.models.sources import SourceFacts, weight_files
+from lora_dist.models.building import build_empty, match_names, set_tensor, stored_buffers
+from lora_dist.models.heads import head_modules, start_head
+from lora_dist.models.loading import BaseSource, LoadedBase, frozen, generation_config, missing_head, quiet_transformers
+from lora_dist.models.sources import SourceFacts, stored_shapes, weight_files
 
 
 def load_empty(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedBase:
@@ -37,9 +38,13 @@ def load_empty(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | N
             device=device,
             widths=source.widths,
             trust_remote_code=source.trust_remote_code,
+            classifier=source.head is not None,
         )
-    model.generation_config = source.generation or generation_config((source.source_dir,), source.config)
+    if source.head is None:
+        model.generation_config = source.generation or generation_config((source.source_dir,), source.config)
     _place(model, torch.device(device))
+    if source.head is not None:
+        _place_head(model, source, torch.device(device))
     return frozen(model, source, facts)
 
 
@@ -54,6 +59,24 @@ def _place(model: nn.Module, device: torch.device) -> None:
                 zero = torch.zeros((), dtype=parameter.dtype, device=device)
                 placed[parameter] = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
             module._parameters[key] = placed[parameter]
+
+
+def _place_head(model: Any, source: BaseSource, device: torch.device) -> None:
+    """A head is small, and trained whole: real tensors, from the files or new."""
+    assert source.head is not None
+    shapes = stored_shapes(source.source_dir)
+    prefix = f"{model.base_model_prefix}."
+    names = {name for name, _ in model.named_parameters()}
+    missing = {name for name in names if name not in shapes and name.removeprefix(prefix) not in shapes}
+    new = missing_head(model, missing | {n for n in names if n in shapes and shapes[n] != tuple(model.get_parameter(n).shape)})
+    model.new_head_tensors = tuple(sorted(new))
+    reader = TensorReader(model, source.source_dir)
+    for name in names:
+        if any(name.startswith(f"{head}.") for head in head_modules(model, new)):
+            placeholder = model.get_parameter(name)
+            value = torch.zeros_like(placeholder) if name in new else reader.whole(name).to(device, placeholder.dtype)
+            set_tensor(model, name, value.contiguous())
+    start_head(model, new, source.head.seed)
 
 
 class TensorReader:

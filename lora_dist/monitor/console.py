@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -224,23 +225,25 @@ class Console:
         self.line(f"  Batch size = {batch_size}")
 
     def evaluated(
-        self, *, step: int, loss: float, perplexity: float, runtime_s: float, samples: int, steps: int, epoch: float,
-        better: bool, before: float | None,
+        self, *, step: int, loss: float, figures: Mapping[str, float], runtime_s: float, samples: int, steps: int, epoch: float,
+        better: bool, before: float | None, best: str,
     ) -> None:  # fmt: skip
-        """`better`: lowest so far; `before`: perplexity that it is compared with, None for the first."""
+        """`better`: best so far; `before`: what it is compared with, None for the first: the loss, or the metric `best`, negative."""
         self.line(
             f"{{'eval_loss': {loss:.4f}, 'eval_runtime': {runtime_s:.2f}, 'eval_samples_per_second': {samples / runtime_s:.2f}, "
             f"'eval_steps_per_second': {steps / runtime_s:.2f}, 'epoch': {round(epoch, 4):g}}}"
         )
         self.line(f"Eval at step {step}:")
         self.line(f"  - Eval Loss: {loss:.4f}")
-        self.line(f"  - Perplexity: {perplexity_text(perplexity)}")
+        for name, value in figures.items():
+            self.line(f"  - Perplexity: {perplexity_text(value)}" if name == "perplexity" else f"  - Eval {name}: {value:.4f}")
+        was = "" if before is None else _compared(before, best, figures)
         if before is None:
             self.line("  - Best so far: Yes ✅ (first evaluation)")
         elif better:
-            self.line(f"  - Best so far: Yes ✅ (improved from {perplexity_text(before)})")
+            self.line(f"  - Best so far: Yes ✅ (improved from {was})")
         else:
-            self.line(f"  - Best so far: No (best {perplexity_text(before)})")
+            self.line(f"  - Best so far: No (best {was})")
         self.line()
 
     def saving(self, folder: Path) -> None:
@@ -266,17 +269,22 @@ class Console:
         self.line(f"Training completed in {clock(seconds)}")
 
     def final_results(
-        self, *, loss: float, perplexity: float, runtime_s: float, samples: int, steps: int, epoch: float, first: float | None
-    ) -> None:
+        self, *, loss: float, figures: Mapping[str, float], runtime_s: float, samples: int, steps: int, epoch: float,
+        first: float | None,
+    ) -> None:  # fmt: skip
         """`first`: perplexity at step 0."""
         self.line("***** Final eval results *****")
         self.line(f"  eval_loss = {loss:.4f}")
         self.line(f"  eval_runtime = {runtime_s:.2f}")
         self.line(f"  eval_samples_per_second = {samples / runtime_s:.2f}")
         self.line(f"  eval_steps_per_second = {steps / runtime_s:.2f}")
-        self.line(f"  perplexity = {perplexity_text(perplexity)}")
+        for name, value in figures.items():
+            self.line(f"  {name} = {perplexity_text(value) if name == 'perplexity' else format(value, '.4f')}")
         self.line(f"  epoch = {round(epoch, 4)}")
         self.line()
+        perplexity = figures.get("perplexity")
+        if perplexity is None:
+            return
         self.line(f"✅ Final Perplexity: {perplexity_text(perplexity)}")
         if first is not None:
             change = 100 * (1 - perplexity / first)
@@ -296,8 +304,9 @@ class Console:
         self.line(f"  Total steps: {steps}")
         self.line(f"  Total time: {clock(seconds)}")
         self.line(f"  Final train loss: {train_loss:.4f}" if train_loss is not None else "  Final train loss: none (no step)")
-        if eval_loss is not None and perplexity is not None:
+        if eval_loss is not None:
             self.line(f"  Final eval loss: {eval_loss:.4f}")
+        if perplexity is not None:
             self.line(f"  Final perplexity: {perplexity_text(perplexity)}")
         if best_checkpoint:
             self.line(f"  Best checkpoint: {best_checkpoint}")
@@ -313,3 +322,10 @@ class Console:
         for text in next_steps:
             self.line(text)
         self.line(RULE)
+
+
+def _compared(before: float, best: str, figures: Mapping[str, float]) -> str:
+    """What an evaluation is compared with."""
+    if "perplexity" in figures:
+        return perplexity_text(math.exp(min(before, 700)))
+    return f"{best} {before if best == 'eval_loss' else -before:.4f}"

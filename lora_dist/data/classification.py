@@ -1,0 +1,326 @@
+"""Labelled sentences and pairs of them: which columns hold them, how they become token ids, and the label of each row.
+
+The columns, metrics and label names of GLUE's subsets are in a table. Records lie in the cache that instruction data lies in
+(`examples.py`), with `targets.npy` (N,) float64 beside them: the number to predict, or a label's place in the entry's list of labels.
+Called by `engine/data.py` and `engine/classify.py`.
+
+Letters for shapes: `N` examples, `B` rows, `L` tokens of a batch's longest row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lora_dist.data.examples import Examples, ExampleSplits
+from lora_dist.data.records import BadRecordError, unpacked
+from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch
+from lora_dist.data.tokenise import tokenizer_digest
+from lora_dist.log import UserError
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A task: its columns, what is measured, and its labels."""
+
+    text: str
+    pair: str | None
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    """names in the order of their numbers; none for a number to predict"""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """the first chooses the best model"""
+
+
+_ENTAILMENT = ("entailment", "not_entailment")
+GLUE = {
+    "cola": Subset("sentence", None, labels=("unacceptable", "acceptable"), metrics=("matthews_correlation", "accuracy")),
+    "sst2": Subset("sentence", None, labels=("negative", "positive")),
+    "mrpc": Subset("sentence1", "sentence2", labels=("not_equivalent", "equivalent"), metrics=("f1", "accuracy")),
+    "qqp": Subset("question1", "question2", labels=("not_duplicate", "duplicate"), metrics=("f1", "accuracy")),
+    "stsb": Subset("sentence1", "sentence2", metrics=("pearson", "spearmanr")),
+    "mnli": Subset("premise", "hypothesis", labels=("entailment", "neutral", "contradiction")),
+    "qnli": Subset("question", "sentence", labels=_ENTAILMENT),
+    "rte": Subset("sentence1", "sentence2", labels=_ENTAILMENT),
+    "wnli": Subset("sentence1", "sentence2", labels=("not_entailment", "entailment")),
+}
+"""of the hub's `glue`"""
+
+
+def subset_of(
+    dataset_name: str,
+    config_name: str | None,
+    *,
+    text: str | None,
+    pair: str | None,
+    label: str | None,
+    regression: bool,
+    binary: bool,
+) -> Subset:
+    """GLUE's own columns, or the ones that are named; `regression`: a number is predicted where the table does not say."""
+    known = GLUE.get(config_name or "") if dataset_name in ("glue", "nyu-mll/glue") else None
+    if known is not None:
+        return dataclasses.replace(known, text=text or known.text, pair=pair or known.pair, label=label or known.label)
+    metrics = ("pearson", "spearmanr") if regression else ("accuracy", "f1") if binary else ("accuracy",)
+    return Subset(text or "sentence", pair, label or "label", metrics=metrics)
+
+
+@dataclass(frozen=True)
+class ClassEncoder:
+    """How a record becomes token ids and a label: everything but the records that the result depends on."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    subset: Subset
+    regression: bool
+
+    kind = "classification"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """that are read"""
+        return tuple(name for name in (self.subset.text, self.subset.pair, self.subset.label) if name is not None)
+
+    def key_parts(self) -> dict[str, Any]:
+        """JSON values that decide what a record becomes."""
+        return {
+            "format": self.kind,
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "max_length": self.max_length,
+            "columns": list(self.columns),
+            "pair": self.subset.pair is not None,
+            "regression": self.regression,
+        }
+
+    def encode_batch(self, batch: Mapping[str, list]) -> dict[str, list]:
+        """For `datasets.map`: a row a record, in order; of bad ones the reason and no tokens."""
+        targets: list[str] = []
+        bad: list[str | None] = []
+        texts: list[tuple[str, str | None]] = []
+        for record in unpacked(batch):
+            try:
+                pair, target = self._read(record)
+                texts.append(pair)
+                targets.append(target)
+                bad.append(None)
+            except BadRecordError as error:
+                targets.append("")
+                bad.append(str(error))
+        encoded = iter(encode_texts(self.tokenizer, texts, self.max_length))
+        nothing = np.empty(0, np.int64)
+        ids = [nothing if reason is not None else next(encoded) for reason in bad]
+        return {
+            "input_ids": [each[: self.max_length] for each in ids],
+            "labels": [np.zeros(min(len(each), self.max_length), np.uint8) for each in ids],
+            "lost": [0 for _ in ids],
+            "answer_tokens": [0 for _ in ids],
+            "truncated": [len(each) > self.max_length for each in ids],
+            "bad": bad,
+            "target": targets,
+        }
+
+    def _read(self, record: Any) -> tuple[tuple[str, str | None], str]:
+        if not isinstance(record, Mapping):
+            raise BadRecordError("found no object, expected one with the columns " + ", ".join(self.columns))
+        first = _sentence(record, self.subset.text)
+        second = None if self.subset.pair is None else _sentence(record, self.subset.pair)
+        return (first, second), self._target(record.get(self.subset.label))
+
+    def _target(self, value: Any) -> str:
+        where = self.subset.label
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise BadRecordError(f"{where}: missing")
+        if isinstance(value, float) and value.is_integer() and not self.regression:
+            value = int(value)
+        if isinstance(value, list | dict) or (isinstance(value, float) and not self.regression):
+            raise BadRecordError(f"{where}: found {value!r}, expected a whole number or a name")
+        text = str(int(value)) if isinstance(value, bool) else str(value).strip()
+        if self.regression:
+            try:
+                if not math.isfinite(float(text)):
+                    raise ValueError
+            except ValueError:
+                raise BadRecordError(f"{where}: found {text[:30]!r}, expected a number") from None
+        elif text == "-1":
+            raise BadRecordError(f"{where}: found -1, which stands for no label")
+        return text
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str | None]], max_length: int
+) -> list[np.ndarray]:
+    """Token ids with the tokenizer's own special tokens; what is too long gives max_length + 1 ids, whose first ones are the cut text."""
+    found = []
+    for first, second in texts:
+        pair = (first,) if second is None else (first, second)
+        whole = tokenizer(*pair, return_attention_mask=False, verbose=False)["input_ids"]
+        if len(whole) <= max_length:
+            found.append(np.array(whole, np.int64))
+            continue
+        cut = tokenizer(*pair, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)["input_ids"]
+        found.append(np.array([*cut, 0], np.int64))
+    return found
+
+
+def _sentence(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    if value is None:
+        raise BadRecordError(f"{name}: missing")
+    if not isinstance(value, str):
+        raise BadRecordError(f"{name}: found {type(value).__name__}, expected a text")
+    if not value.strip():
+        raise BadRecordError(f"{name}: empty")
+    return value
+
+
+# --- labels ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What the labels of a data set are called, by number; no names for a number to predict."""
+
+    names: tuple[str, ...]
+    numbered: bool
+    """the data holds numbers, not names"""
+
+    def number(self, text: str) -> int:
+        """Of a label as it stands in the data. Raises ValueError for one that is none."""
+        if not self.numbered:
+            return self.names.index(text)
+        number = int(text)
+        if not 0 <= number < len(self.names):
+            raise ValueError(text)
+        return number
+
+
+def find_labels(found: Sequence[str], subset: Subset, num_labels: int) -> Labels:
+    """Labels by number and name.
+
+    Args:
+        found: labels as they stand in the training data, each once.
+        num_labels: classes that the head tells apart.
+
+    Raises:
+        UserError: more labels than classes, or numbers that are none of theirs.
+    """
+    numbered = all(text.isdecimal() for text in found)
+    if numbered:
+        highest = max(map(int, found))
+        if highest >= num_labels:
+            raise UserError(
+                f"model.num_labels: found {num_labels}, but data.label_column {subset.label} has the label {highest}, expected "
+                f"{highest + 1} classes or more"
+            )
+        names = subset.labels if len(subset.labels) == num_labels else tuple(f"LABEL_{i}" for i in range(num_labels))
+        return Labels(names, True)
+    if set(found) <= set(subset.labels) and len(subset.labels) == num_labels:
+        return Labels(subset.labels, False)
+    if len(found) > num_labels:
+        raise UserError(
+            f"model.num_labels: found {num_labels}, but data.label_column {subset.label} has {len(found)} labels "
+            f"({', '.join(sorted(found)[:8])}), expected as many classes"
+        )
+    return Labels((*sorted(found), *(f"LABEL_{i}" for i in range(len(found), num_labels))), False)
+
+
+class ClassRows:
+    """Examples with a target each, side by side with an attention mask. Rows for a loader (`rows.py`), picklable.
+
+    Args:
+        targets_N: label numbers (int64) or numbers to predict (float32), by example.
+        weights_N: what each counts in the loss.
+    """
+
+    def __init__(self, examples: Examples, targets_N: np.ndarray, weights_N: np.ndarray | None = None, pad: int = 0):
+        self._examples, self.targets_N, self._pad = examples, targets_N, pad
+        self._weights_N = np.ones(len(targets_N), np.float32) if weights_N is None else weights_N
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example (N,), int64."""
+        return self._examples.lengths
+
+    @property
+    def digest(self) -> str:
+        """sha256 of token ids, targets and weights."""
+        digest = hashlib.sha256(f"classes {self._examples.digest}\n".encode())
+        for values in (self.targets_N.astype("<f8"), self._weights_N.astype("<f4")):
+            digest.update(np.ascontiguousarray(values).data)
+        return digest.hexdigest()
+
+    def weighted(self, weights: Sequence[float] | None) -> ClassRows:
+        """The same, each counting as its class does; None: as it is."""
+        if weights is None:
+            return self
+        return ClassRows(self._examples, self.targets_N, np.asarray(weights, np.float32)[self.targets_N], self._pad)
+
+    def subset(self, rows: np.ndarray) -> ClassRows:
+        """The examples at these positions, in this order."""
+        return ClassRows(self._examples.subset(rows), self.targets_N[rows], self._weights_N[rows], self._pad)
+
+    def take(self, n: int) -> ClassRows:
+        """The first n examples, or all if there are fewer."""
+        return self if n >= len(self) else self.subset(np.arange(n))
+
+    def by_length(self) -> ClassRows:
+        """The same from the longest to the shortest."""
+        return self.subset(np.argsort(-self.lengths, kind="stable"))
+
+    def batch(self, rows: Sequence[int] | np.ndarray) -> RowBatch:
+        """Examples (len(rows), L) filled up on the right; filler rows count nothing, and attend to one token."""
+        read = self._examples.batch(rows)
+        lengths = [0 if row == FILLER else int(self.lengths[row]) for row in rows]
+        mask_BL = (torch.arange(read.input_ids_BL.shape[1]) < torch.tensor(lengths)[:, None].clamp(min=1)).long()
+        ids_BL = torch.where(mask_BL.bool(), read.input_ids_BL, self._pad)
+        numbers = np.asarray(rows)
+        real = numbers != FILLER
+        targets_B = torch.from_numpy(np.where(real, self.targets_N[np.maximum(numbers, 0)], 0).astype(self.targets_N.dtype))
+        weights_B = torch.from_numpy(np.where(real, self._weights_N[np.maximum(numbers, 0)], 0).astype(np.float32))
+        labels_BL = torch.full_like(ids_BL, IGNORE_LABEL)
+        return RowBatch(ids_BL, labels_BL, None, read.tokens, mask_BL, targets_B, weights_B)
+
+
+def class_rows(
+    loaded: ExampleSplits, encoder: ClassEncoder, num_labels: int, pad: int
+) -> tuple[dict[str, ClassRows], Labels | None]:
+    """Rows of each split, and the labels; None where a number is predicted.
+
+    Raises:
+        UserError: labels that do not fit the head, or that the training data does not have.
+    """
+    if encoder.regression:
+        return {
+            name: ClassRows(examples, loaded.target_numbers[name].astype(np.float32), None, pad)
+            for name, examples in loaded.splits.items()
+        }, None
+    first = next(iter(loaded.splits))
+    labels = find_labels(loaded.target_names[first], encoder.subset, num_labels)
+    rows = {}
+    for name, examples in loaded.splits.items():
+        try:
+            numbers = np.array([labels.number(text) for text in loaded.target_names[name]], np.int64)
+        except ValueError as error:
+            raise UserError(
+                f"data.label_column: the {name} split has a label that is none of {', '.join(labels.names)} ({error}), expected the "
+                f"labels of the {first} split"
+            ) from None
+        rows[name] = ClassRows(examples, numbers[loaded.target_numbers[name].astype(np.int64)], None, pad)
+    return rows, labels
+
+
+def balanced_weights(targets_N: np.ndarray, num_labels: int) -> list[float]:
+    """n / (classes * count), as scikit-learn's `balanced`; 0 for a class that does not occur."""
+    counts = np.bincount(targets_N, minlength=num_labels)
+    return [float(len(targets_N) / (num_labels * count)) if count else 0.0 for count in counts]
