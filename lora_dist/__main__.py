@@ -20,6 +20,7 @@ VERBS = {
     "adapters": "keep several adapters of one base in a folder: list, add, switch, merge-weighted, delete",
     "convert": "turn a pickled model into a directory, without running what is in it",
     "generate": "continue a prompt",
+    "classify": "label texts with a classifier",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a model card",
     "submit": "check a training run and queue it under Slurm, to be requeued until it is complete",
     "rendezvous": "hold the meeting point of an elastic run, outside of its machines",

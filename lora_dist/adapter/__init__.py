@@ -20,6 +20,7 @@ from lora_dist.adapter.attach import (
     load_adapter_tensors,
     read_adapter_config,
     read_adapter_tensors,
+    read_labels,
     read_quantisation,
     save_adapter,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "merge_adapter",
     "read_adapter_config",
     "read_adapter_tensors",
+    "read_labels",
     "read_quantisation",
     "save_adapter",
     "split_allocation",

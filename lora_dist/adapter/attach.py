@@ -31,6 +31,8 @@ COLLECTION_FILE = "adapters.json"
 """of a folder with several adapters (`adapter/collection.py`)"""
 BASE_FILE = "base.json"
 """names the base of an IA3 adapter, whose config is PEFT's own and has no room for it"""
+LABELS_FILE = "labels.json"
+"""of a classifier: what transformers keeps of its labels in a config.json"""
 QUANTISATION_FILE = "base_quantization.json"
 """how the base was quantised that the adapter was trained on, as transformers writes it into a config.json"""
 
@@ -194,6 +196,10 @@ def save_adapter(
     quantised = getattr(model.get_base_model().config, "quantization_config", None)
     if quantised is not None:
         (folder / QUANTISATION_FILE).write_text(json.dumps(quantised, indent=2), encoding="utf-8")
+    if config.task_type == "SEQ_CLS":
+        base = model.get_base_model().config
+        labels = {"num_labels": base.num_labels, "id2label": base.id2label, "problem_type": base.problem_type}
+        (folder / LABELS_FILE).write_text(json.dumps(labels, indent=2), encoding="utf-8")
     mode = (folder / ADAPTER_CONFIG).stat().st_mode
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)  # safetensors makes its files readable for their owner only
@@ -285,6 +291,23 @@ def read_quantisation(folder: str | Path) -> dict[str, Any] | None:
     if not isinstance(found, dict):
         raise UserError(f"adapter: {file} holds {type(found).__name__}, expected how a base is quantised")
     return found
+
+
+def read_labels(folder: str | Path) -> dict[str, Any] | None:
+    """num_labels, id2label and problem_type of a classifier's adapter; None where it is none.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    file = Path(folder) / LABELS_FILE
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        names = {int(number): str(name) for number, name in found["id2label"].items()}
+        return {"num_labels": int(found["num_labels"]), "id2label": names, "problem_type": found.get("problem_type")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"adapter: {file} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def read_adapter_config(folder: str | Path) -> PeftConfig:

@@ -4,6 +4,7 @@ Plain dataclasses without heavy imports, so that help and bad input are answered
 """
 
 from lora_dist.arguments.adapters import AdaptersArgs
+from lora_dist.arguments.classification import ClassifyArgs
 from lora_dist.arguments.evaluation import EvalArgs
 from lora_dist.arguments.generation import GenerateArgs, SamplingArgs
 from lora_dist.arguments.hub import PushArgs
@@ -13,6 +14,7 @@ from lora_dist.arguments.quantised import QuantisedArgs
 
 __all__ = [
     "AdaptersArgs",
+    "ClassifyArgs",
     "ConvertArgs",
     "DoctorArgs",
     "EvalArgs",

@@ -65,8 +65,9 @@ class QuantisedReport:
 
 @torch.no_grad()
 def probe_logits(model: nn.Module, ids_BL: Tensor) -> Tensor:
-    """Logits in float32, (B, L, vocabulary)."""
-    return model(input_ids=ids_BL, use_cache=False).logits.float()
+    """Logits in float32, (B, L, vocabulary); of a classifier (B, classes)."""
+    cache = {"use_cache": False} if hasattr(model, "generation_config") and model.generation_config is not None else {}
+    return model(input_ids=ids_BL, **cache).logits.float()
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

@@ -7,11 +7,20 @@ from typing import Any
 
 import torch
 
-from lora_dist.adapter import adapter_folder, adapter_identity, is_masked, load_adapter, read_adapter_config, read_quantisation
+from lora_dist.adapter import (
+    adapter_folder,
+    adapter_identity,
+    is_masked,
+    load_adapter,
+    read_adapter_config,
+    read_labels,
+    read_quantisation,
+)
 from lora_dist.arguments import QuantisedArgs
 from lora_dist.blocks import NamedLinear
 from lora_dist.engine.base import load_for, shard_units
 from lora_dist.engine.pattern import FoundPattern
+from lora_dist.models.heads import HeadSpec
 from lora_dist.models.loading import LoadedBase
 from lora_dist.models.quantised import Quantisation, quantisation_of
 from lora_dist.parallel import World
@@ -65,12 +74,17 @@ def open_model(
         UserError: something is missing or broken.
         GuardError: the adapter belongs to another base, or another pattern.
     """
+    head: HeadSpec | None = None
     if adapter is not None:  # read first: what is wrong with it should not cost the loading of gigabytes
         adapter = str(adapter_folder(adapter))
         trained_with = adapter_identity(adapter, read_adapter_config(adapter))[1]
         quantisation = quantisation or adapter_quantisation(adapter)
         if trained_with is not None and trained_with.kind == "block":
             block = trained_with.block
+        labels = read_labels(adapter)
+        if labels is not None:
+            names = tuple(labels["id2label"][number] for number in sorted(labels["id2label"]))
+            head = HeadSpec(labels["num_labels"], names=names)
     opened = load_for(
         world,
         name_or_path,
@@ -81,6 +95,7 @@ def open_model(
         trust_remote_code=trust_remote_code,
         quantisation=None if as_stored else quantisation,
         dequantise=dequantise,
+        head=head,
     )
     base, found, model = opened.base, opened.found, opened.base.model
     if adapter is not None:

@@ -24,12 +24,17 @@ class HeadSpec:
     """None: what the configuration says"""
     seed: int = 0
     """of the values of a head that the files do not have"""
+    names: tuple[str, ...] = ()
+    """labels by number, where they are known already"""
 
 
 def configure_head(config: Any, head: HeadSpec, tokenizer: Any) -> None:
     """Write the number of labels and the padding token into a configuration that is to be loaded."""
     if head.num_labels is not None and head.num_labels != config.num_labels:
         config.num_labels = head.num_labels
+    if head.names:
+        config.id2label = dict(enumerate(head.names))
+        config.label2id = {name: number for number, name in enumerate(head.names)}
     if config.num_labels == 1:
         config.problem_type = PROBLEMS[True]
     if config.get_text_config().pad_token_id is None:

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
 from transformers.utils import logging as hf_logging
 
 from lora_dist.log import UserError, logger
@@ -115,6 +122,8 @@ def open_base(
     tokenizer_from = _tokenizer_source(source_dir, name_or_path, config_name, trust_remote_code)
     config = _load_config(config_from, attn_implementation, trust_remote_code)
     tokenizer = load_tokenizer(tokenizer_from.folder, tokenizer_from.name, trust_remote_code=trust_remote_code)
+    if head is None and _is(config, "ForSequenceClassification"):
+        head = HeadSpec()
     if head is not None:
         configure_head(config, head, tokenizer)
     own = head is not None or config_from.folder == source_dir
@@ -274,9 +283,12 @@ def generation_config(folders: Sequence[Path], config: Any) -> GenerationConfig:
 def _load_model(source: BaseSource, dtype: torch.dtype, device: str) -> Any:
     # Straight to an accelerator: several processes of one machine must not hold a copy each in its memory.
     placed = {} if torch.device(device).type == "cpu" else {"device_map": {"": device}}
+    auto: Any
     auto, extra = AutoModelForCausalLM, {"generation_config": source.generation}
     if source.head is not None:
         auto, extra = AutoModelForSequenceClassification, {}
+    elif _is(source.config, "ForMaskedLM"):
+        auto, extra = AutoModelForMaskedLM, {}
     try:
         with quiet_transformers():
             model, info = auto.from_pretrained(
@@ -303,6 +315,11 @@ def _load_model(source: BaseSource, dtype: torch.dtype, device: str) -> Any:
         model.new_head_tensors = tuple(sorted(new))
     _require_fit(source, type(model).__name__, info)
     return model
+
+
+def _is(config: Any, ending: str) -> bool:
+    """Whether the class that a directory was saved from is of a kind."""
+    return any(name.endswith(ending) for name in config.architectures or ())
 
 
 _KINDS = {False: "a causal language model", True: "a sequence classifier"}

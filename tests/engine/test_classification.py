@@ -12,6 +12,10 @@ from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification
 
+from lora_dist.arguments import ClassifyArgs, MergeArgs
+from lora_dist.engine.classify import Classifier
+from lora_dist.engine.merge import merge
+from lora_dist.parallel import World
 from tests.classes import encoder_base, sentences, word_tokenizer, write_sentences
 from tests.engine.test_train import refused, train
 from tests.runs import assert_identical, losses, records
@@ -109,3 +113,17 @@ def test_what_cannot_be_is_refused(base, data, common, tmp_path):
     assert "train.class_weights: found 3 numbers, expected 2" in said
     said = refused(base, data, tmp_path / "c", **common, data__label_column="stars")
     assert "stars: missing" in said
+
+
+def test_a_merged_classifier_keeps_its_zeros_and_answers_as_its_adapter(base, data, common, tmp_path):
+    train(base, data, tmp_path / "run", **common, max_steps=6, load_best_model_at_end=False)
+    report = merge(MergeArgs(str(base), str(tmp_path / "run"), str(tmp_path / "merged")), World())
+    assert report.zero_tiles > 0 and report.logits_error_fp32 < 1e-5
+    texts = [(row["sentence"], None) for row in sentences(20, 2)]
+    with_adapter = Classifier(ClassifyArgs(str(base), str(tmp_path / "run")), World()).answer(texts)
+    merged = Classifier(ClassifyArgs(str(tmp_path / "merged")), World()).answer(texts)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    expected = _logits(plain, sentences(20, 2)).softmax(-1)
+    assert [a.label for a in merged] == [a.label for a in with_adapter] == [f"LABEL_{i}" for i in expected.argmax(-1)]
+    for found in (merged, with_adapter):
+        assert [a.confidence for a in found] == pytest.approx(expected.max(-1).values.tolist(), abs=1e-5)
