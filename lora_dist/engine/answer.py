@@ -118,6 +118,7 @@ class Answerer:
             self.args,
             batch_size=batch_size,
             special_tokens=self.form.special_tokens,
+            continued=self.form.plain,
             share=share,
             on_text=on_text,
             on_batch=on_batch,
