@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -150,7 +149,9 @@ def _text_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new:
     before = list(prompt[-_WINDOW:])
     start: str = tokenizer.decode(before, skip_special_tokens=True)
     both: str = tokenizer.decode([*before, *new], skip_special_tokens=True)
-    return both[len(commonprefix([start, both])) :]  # some tokenizers clean up a blank before a full stop
+    if both.startswith(start):
+        return both[len(start) :]
+    return both[len(start.rstrip()) :]  # some tokenizers clean up a blank before a full stop
 
 
 def _options(sampling: SamplingArgs, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def metaspace_tokenizer():
     """As sentencepiece's are read: a word begins with its space, which decoding drops at the start of a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    words = ["<s>", "</s>", *(f"\u2581{word}" for word in "the river runs old bridges é stay".split()), "s", "."]
+    words = ["<s>", "</s>", *(f"\u2581{word}" for word in ("the", "river", "runs", "old", "bridges", "é", "stay")), "s", "."]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
