@@ -8,6 +8,7 @@ and keeps its traceback.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger("lora_dist")
@@ -35,7 +36,7 @@ class UserError(ValueError):
         lines = []
         for line in self.problems:
             for key, name in names.items():
-                line = line.replace(key, name)
+                line = re.sub(rf"(?<![\w./-]){re.escape(key)}(?!\w)", name.replace("\\", r"\\"), line)
             lines.append(line)
         return type(self)(lines)
 
