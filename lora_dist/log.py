@@ -36,7 +36,7 @@ class UserError(ValueError):
         lines = []
         for line in self.problems:
             for key, name in names.items():
-                line = re.sub(rf"(?<![\w./-]){re.escape(key)}(?!\w)", name.replace("\\", r"\\"), line)
+                line = re.sub(rf"(?<![\w./]){re.escape(key)}(?!\w)", name.replace("\\", r"\\"), line)
             lines.append(line)
         return type(self)(lines)
 

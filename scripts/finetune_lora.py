@@ -30,6 +30,7 @@ from lora_dist.cli import train as train_verb
 from lora_dist.cli.options import Verb, names, parse
 from lora_dist.config import RunConfig
 from lora_dist.log import UserError
+from lora_dist.models.hub import PICKLES
 
 if TYPE_CHECKING:
     from lora_dist.monitor.console import Console
@@ -117,7 +118,7 @@ def default_output(pruned_model: str) -> str:
 
 
 def is_pickle(pruned_model: str) -> bool:
-    return Path(pruned_model).suffix in (".bin", ".pt", ".pth", ".pkl") and not Path(pruned_model).is_dir()
+    return Path(pruned_model).suffix in PICKLES and not Path(pruned_model).is_dir()
 
 
 def _whole(flags: argparse.Namespace, name: str, least: int = 1) -> int:
