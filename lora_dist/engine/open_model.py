@@ -56,8 +56,9 @@ def open_model(
         GuardError: the adapter belongs to another base, or another pattern.
     """
     if adapter is not None:  # read first: what is wrong with it should not cost the loading of gigabytes
-        adapter = str(adapter_folder(adapter))
-        trained_with: Pattern | None = getattr(read_adapter_config(adapter), "_pattern", None)
+        with world.main_first():
+            adapter = str(adapter_folder(adapter))
+            trained_with: Pattern | None = getattr(read_adapter_config(adapter), "_pattern", None)
         if trained_with is not None and trained_with.kind == "block":
             block = trained_with.block
     opened = load_for(
