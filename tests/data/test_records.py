@@ -108,7 +108,9 @@ def test_files_of_other_things_have_no_columns(tmp_path: Path, write_text: Calla
 def test_a_record_nested_beyond_reason_is_a_bad_one(tmp_path: Path, write_text: Callable[..., Path]):
     for depth in (900, 100_000):  # some can be read, and not written again
         deep = '{"instruction":' + "[" * depth + "]" * depth + ', "output": "x"}'
-        first, second, third = read(write_text("a.jsonl", f"{json.dumps(ROWS[0])}\n{deep}\n{json.dumps(ROWS[0])}"), tmp_path)
+        first, second, third = read(
+            write_text(f"{depth}.jsonl", f"{json.dumps(ROWS[0])}\n{deep}\n{json.dumps(ROWS[0])}"), tmp_path
+        )
         assert first == third == ROWS[0]
         with pytest.raises(BadRecordError, match="found a"):
             question_and_answer(second, "alpaca")
