@@ -104,10 +104,10 @@ merge: need-BASE need-ADAPTER need-OUT $(STAMP)  ## add an adapter to its base (
 	@$(START) merge '$(BASE)' '$(ADAPTER)' '$(OUT)' $(ARGS)
 
 # One thread a process: two test processes on two cores; torch's own threads would only wait for each other.
-test: $(STAMP)  ## run the tests (about 11 minutes on 2 quiet cores; ARGS='tests/blocks' for some of them)
+test: $(STAMP)  ## run the tests (about 13 minutes on 2 cores; ARGS='tests/blocks' for some of them)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
-test-long: $(STAMP)  ## lost machines, launchers across machines, one checkpoint under every strategy, a dozen kills (about 8 minutes)
+test-long: $(STAMP)  ## lost machines, launchers across machines, one checkpoint under every strategy, a dozen kills (about 10 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --long -m long -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
 matrix: $(STAMP)  ## every strategy's checkpoint resumed under every other, on 2, 1, 2 processes; kills (15 to 20 minutes)
@@ -117,7 +117,7 @@ fuzz: $(STAMP)  ## 200 kills at random moments, 50 inside a save: every run ends
 	@$(BIN)/python scripts/fuzz_kills.py $(ARGS)
 
 # Installs the two packages where it can (Debian, root); where there is no Slurm, every test is skipped and says so.
-test-cluster: $(STAMP)  ## jobs preempted, out of time and without a node, on a real two-node Slurm (about 6 minutes)
+test-cluster: $(STAMP)  ## jobs preempted, out of time and without a node, on a real two-node Slurm (6 to 10 minutes)
 	@command -v sbatch > /dev/null && PATH="$$PATH:/usr/sbin" command -v munged > /dev/null || { \
 		[ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && echo "Installing slurm-wlm and munge" && apt-get update -qq && \
 		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null; } || \

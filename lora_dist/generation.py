@@ -19,6 +19,7 @@ from lora_dist.log import UserError
 
 MAX_NAMED = 5
 """prompts that a message names"""
+_WINDOW = 32  # tokens of a prompt that decide how the next one is decoded, and many more
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ def generate(
     *,
     batch_size: int = 1,
     special_tokens: bool = True,
+    continued: bool = True,
     share: tuple[int, int] = (0, 1),
     on_text: Callable[[str], object] | None = None,
     on_batch: Callable[[], object] | None = None,
@@ -85,6 +87,8 @@ def generate(
 
     Args:
         special_tokens: see `encode`.
+        continued: the texts go on where their prompts end, so that prompt and text together are the whole; off for answers that stand
+            for themselves, which begin without a space.
         share: (k, n): compute only every n-th batch, from the k-th on; together n processes give what one gives.
         on_text: given each new piece of the text of a single prompt, whole characters; not with several beams or texts.
         on_batch: called after each batch.
@@ -103,7 +107,7 @@ def generate(
     for number in range(share[0], -(-len(order) // batch_size), share[1]):
         members = order[number * batch_size : (number + 1) * batch_size]
         torch.manual_seed((sampling.seed + number) % 2**63)
-        answers += _batch(model, tokenizer, {i: encoded[i] for i in members}, sampling, on_text)
+        answers += _batch(model, tokenizer, {i: encoded[i] for i in members}, sampling, on_text, continued)
         if on_batch is not None:
             on_batch()
     return sorted(answers, key=lambda answer: (answer.prompt, answer.sequence))
@@ -115,21 +119,39 @@ def _batch(
     prompts: dict[int, list[int]],
     sampling: SamplingArgs,
     on_text: Callable[[str], object] | None,
+    continued: bool,
 ) -> Iterator[Answer]:
     """Continue some prompts, by index, at once."""
     ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends[0] if ends else 0)
     ids_BL, mask_BL = pad_left(list(prompts.values()), pad, next(model.parameters()).device)
-    streamer = None if on_text is None else _Pieces(tokenizer, on_text)
+    streamer = None if on_text is None else _Pieces(tokenizer, on_text, continued)
     out_BL = model.generate(
         input_ids=ids_BL, attention_mask=mask_BL, pad_token_id=pad, eos_token_id=ends or None, streamer=streamer,
         **_options(sampling, tokenizer),
     )  # fmt: skip
     for row, new_L in enumerate(out_BL[:, ids_BL.shape[1] :].tolist()):  # waits for the device
         length = next((i + 1 for i, token in enumerate(new_L) if token in ends), len(new_L))
-        text = tokenizer.decode(new_L[:length], skip_special_tokens=True)
         which, sequence = divmod(row, sampling.num_return_sequences)
-        yield Answer(list(prompts)[which], sequence, text, length)
+        index = list(prompts)[which]
+        text = _text_behind(tokenizer, prompts[index] if continued else [], new_L[:length])
+        yield Answer(index, sequence, text, length)
+
+
+def _text_behind(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
+    """The text of new tokens behind a prompt's; without a prompt, the text that they are by themselves, which begins with no space.
+
+    Decoded alone, the tokens of sentencepiece's kind lose the space that they begin with, and those of byte-level BPE keep it.
+    """
+    if not prompt:
+        alone: str = tokenizer.decode(new, skip_special_tokens=True)
+        return alone.removeprefix(" ")
+    before = list(prompt[-_WINDOW:])
+    start: str = tokenizer.decode(before, skip_special_tokens=True)
+    both: str = tokenizer.decode([*before, *new], skip_special_tokens=True)
+    if both.startswith(start):
+        return both[len(start) :]
+    return both[len(start.rstrip()) :]  # some tokenizers clean up a blank before a full stop
 
 
 def _options(sampling: SamplingArgs, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -163,8 +185,9 @@ class _Pieces(BaseStreamer):
     transformers' own `TextStreamer` decodes lines apart, which loses a space where a tokenizer drops it at the start of a text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object]):
-        self._tokenizer, self._on_text = tokenizer, on_text
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], object], continued: bool):
+        self._tokenizer, self._on_text, self._continued = tokenizer, on_text, continued
+        self._prompt: list[int] = []
         self._tokens: list[int] = []
         self._shown = 0
         self._prompt_seen = False
@@ -174,13 +197,15 @@ class _Pieces(BaseStreamer):
         if self._prompt_seen:
             self._tokens += value.flatten().tolist()
             self._hand_on(self._text().rstrip("\ufffd"))  # the rest of the character is still to come
+        elif self._continued:
+            self._prompt = value.flatten().tolist()[-_WINDOW:]
         self._prompt_seen = True
 
     def end(self) -> None:
         self._hand_on(self._text())
 
     def _text(self) -> str:
-        return str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        return _text_behind(self._tokenizer, self._prompt, self._tokens)
 
     def _hand_on(self, text: str) -> None:
         if len(text) > self._shown:

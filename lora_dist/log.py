@@ -8,6 +8,7 @@ and keeps its traceback.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 
 logger = logging.getLogger("lora_dist")
@@ -33,11 +34,16 @@ class UserError(ValueError):
         super().__init__("\n".join(self.problems))
 
     def renamed(self, names: Mapping[str, str]) -> UserError:
-        """The same problems with options under other names: a command's own, instead of those of `lora-dist train`."""
+        """The same problems with options under other names: a command's own, instead of those of `lora-dist train`.
+
+        Args:
+            names: by option, which is replaced where it stands as a whole; or by the dotted beginning of options, or another text.
+        """
         lines = []
         for line in self.problems:
             for key, name in names.items():
-                line = line.replace(key, name)
+                end = r"(?!\w)" if key[-1].isalnum() else ""
+                line = re.sub(rf"(?<![\w./]){re.escape(key)}{end}", name.replace("\\", r"\\"), line)
             lines.append(line)
         return type(self)(lines)
 

@@ -27,9 +27,10 @@ from flags import to_options as flags_to_options
 from lora_dist.__main__ import run_reporting
 from lora_dist.arguments import EvalArgs
 from lora_dist.cli import train as train_verb
-from lora_dist.cli.options import Verb, parse
+from lora_dist.cli.options import Verb, names, parse
 from lora_dist.config import RunConfig
 from lora_dist.log import UserError
+from lora_dist.models.hub import PICKLES
 
 if TYPE_CHECKING:
     from lora_dist.monitor.console import Console
@@ -68,6 +69,13 @@ EVALUATION = {
     "eval_task_data": "folder of local files for the zero-shot tasks; default: the hub",
     "eval_limit": "questions of each zero-shot task at most",
 }
+FLAG_OF = {key.replace(".", "_", 1): flag for flag, (key, *_) in [*VALUES.items(), *SWITCHES.items()]} | {
+    "data_holdout_windows": "val_set_size",
+    "train_global_batch_size": "batch_size",
+    "train_output_dir": "output_dir",
+    "tracker_wandb_project": "wandb_project",
+}
+"""as `names` takes it"""
 FIXED = ("--data.format=auto", "--train.adapter_subfolder=lora_adapter", "--train.save_total_limit=3")
 RESULTS = Path("evaluation/evaluation_results.json")
 
@@ -110,7 +118,7 @@ def default_output(pruned_model: str) -> str:
 
 
 def is_pickle(pruned_model: str) -> bool:
-    return Path(pruned_model).suffix in (".bin", ".pt", ".pth", ".pkl") and not Path(pruned_model).is_dir()
+    return Path(pruned_model).suffix in PICKLES and not Path(pruned_model).is_dir()
 
 
 def _whole(flags: argparse.Namespace, name: str, least: int = 1) -> int:
@@ -134,18 +142,29 @@ def _batch(flags: argparse.Namespace) -> list[str]:
     )
     goes_on = goes_on or flags.resume_from_checkpoint not in (None, "auto")
     if total % at_once and not goes_on:
+        below = total // at_once * at_once
         raise UserError(
             f"batch_size: found {total} with micro_batch_size {micro} on {processes} process{'es' if processes > 1 else ''}, expected a "
-            f"multiple of {at_once}, such as {max(at_once, total // at_once * at_once)}"
+            f"multiple of {at_once}, such as {f'{below} or ' if below else ''}{below + at_once}"
         )
     rounds = max(1, -(-total // at_once))
     return [f"--train.gradient_accumulation_steps={rounds}", f"--train.global_batch_size={total}"]
 
 
 def run(argv: list[str]) -> int:
-    """Train, merge, evaluate. The exit code: that of training where it did not end well, 1 where the evaluation failed."""
+    """Train, merge, evaluate. The exit code: that of training where it did not end well, 1 where the evaluation failed.
+
+    Raises:
+        UserError: under the names of the flags.
+    """
+    with names(**FLAG_OF):
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     flags, options = to_options(argv)
     config = parse(RunConfig, options, train_verb.VERB)
+    from lora_dist.engine.data import data_kind
     from lora_dist.engine.train import train
     from lora_dist.monitor.console import Console
 
@@ -153,6 +172,7 @@ def run(argv: list[str]) -> int:
         console = Console(enabled=world.is_main)
         introduce(flags, config, world.size, console)
         if is_pickle(flags.pruned_model):
+            data_kind(config, world)  # what is wrong with the data is found before the conversion
             config.model.name_or_path = str(world.on_main(lambda: convert(flags, config)))
             console.note(f"training on the directory it was converted to: {config.model.name_or_path}")
         elif not Path(flags.pruned_model).is_absolute() and not Path(flags.pruned_model).exists():

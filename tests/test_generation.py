@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from lora_dist.arguments import SamplingArgs
 from lora_dist.generation import end_tokens, generate, pad_left
@@ -43,6 +44,34 @@ def test_greedy_text_equals_step_by_step_argmax(kind, tokenizer):
     answers = generate(model, tokenizer, ["The river", "The river"], SamplingArgs(max_new_tokens=10))
     assert [a.text for a in answers] == [expected, expected] and answers[1].tokens == ids.shape[1] - start
     assert texts(model, tokenizer, ["The river"], SamplingArgs(max_new_tokens=10, use_cache=False)) == [expected]
+
+
+def metaspace_tokenizer():
+    """As sentencepiece's are read: a word begins with its space, which decoding drops at the start of a text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<s>", "</s>", *(f"\u2581{word}" for word in ("the", "river", "runs", "old", "bridges", "é", "stay")), "s", "."]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_prompt_and_text_together_are_the_whole_also_where_words_begin_with_their_space():
+    tokenizer = metaspace_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    for prompt in ("the", "the river", "old bridges stay"):
+        pieces: list[str] = []
+        sampling = SamplingArgs(max_new_tokens=7, do_sample=True, seed=len(prompt))
+        (answer,) = generate(model, tokenizer, [prompt], sampling, on_text=pieces.append)
+        torch.manual_seed(sampling.seed)
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        whole = model.generate(ids, max_new_tokens=7, do_sample=True, pad_token_id=1, eos_token_id=end_tokens(model, tokenizer))
+        expected = tokenizer.decode(whole[0], skip_special_tokens=True)
+        assert prompt + answer.text == expected and "".join(pieces) == answer.text
+        alone = texts(model, tokenizer, [prompt], sampling, continued=False)
+        assert alone == [answer.text.removeprefix(" ")]
+    assert any(" " in piece for piece in pieces)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,10 +169,10 @@ def test_the_pieces_of_a_stream_are_the_text(llama, tokenizer):
     assert "".join(pieces) == text and len(pieces) > 10
 
 
-def test_a_stream_hands_on_whole_characters_only():
+@pytest.mark.parametrize("continued", [True, False])
+def test_a_stream_hands_on_whole_characters_only(continued):
     """A tokenizer of bytes: one character takes up to four tokens, and none is shown broken."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     from lora_dist.generation import _Pieces
 
@@ -153,12 +182,12 @@ def test_a_stream_hands_on_whole_characters_only():
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
     text, pieces = " Ünï 石\nстена 🪨 end", []
-    streamer = _Pieces(tokenizer, pieces.append)
-    streamer.put(torch.tensor([[1, 2, 3]]))
+    streamer = _Pieces(tokenizer, pieces.append, continued)
+    streamer.put(torch.tensor([tokenizer("стен")["input_ids"]]))
     for token in tokenizer(text)["input_ids"]:
         streamer.put(torch.tensor([token]))
     streamer.end()
-    assert pieces == list(text)
+    assert pieces == list(text if continued else text[1:])  # an answer by itself begins with no space
 
 
 def test_special_tokens_behind_a_prompt_are_not_continued(llama, tokenizer):

@@ -29,19 +29,32 @@ def main(argv: Sequence[str]) -> int:
     from lora_dist.operations.doctor import run
     from lora_dist.operations.doctor.report import Printer
 
-    signal.signal(signal.SIGTERM, _terminate)
     printer = Printer(_write, as_json=args.json, terminal=sys.stdout.isatty())
+    asked = _listen()
     try:
-        return run(args, dict(os.environ), printer)
-    except (KeyboardInterrupt, _Terminated) as error:
-        print("\nlora-dist doctor: interrupted", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 143
+        code = run(args, dict(os.environ), printer)
+    except (KeyboardInterrupt, _Terminated):
+        code = 0
+    if not asked:
+        return code
+    print("\nlora-dist doctor: interrupted", file=sys.stderr)
+    return 128 + asked[0]
+
+
+def _listen() -> list[int]:
+    """Signals that ask to end it, as they come. Each raises as well; but what is raised in a destructor is lost."""
+    asked: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # of a job in a shell's background
+            signal.signal(number, note)
+    return asked
 
 
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise _Terminated

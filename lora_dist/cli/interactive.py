@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -28,10 +29,10 @@ def converse(answerer: Answerer) -> int:
     Raises:
         UserError: there is neither a terminal nor a line.
     """
-    from lora_dist.engine.prompts import Conversation
+    from lora_dist.engine.prompts import Conversation, check_text
 
     world = answerer.world
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     if world.is_main and terminal:
         _tell(f"{_welcome(answerer)} /help lists the commands.")
     session = _Session(answerer, terminal, Conversation(answerer.form) if answerer.form.chat else None)
@@ -41,6 +42,7 @@ def converse(answerer: Answerer) -> int:
         try:
             line = world.broadcast(read() if world.is_main else None)
             lines += line is not None
+            check_text(line or "", f"line {lines}")
             if line is None or not session.take(line):
                 break
         except KeyboardInterrupt:
@@ -71,6 +73,10 @@ def _tell(text: str) -> None:
 
 def _reader(terminal: bool) -> Callable[[], str | None]:
     """What returns the next line without its end, None at the end of all."""
+    if sys.stdin is None:  # closed by whoever started this
+        return lambda: None
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is one bad line, not the end of all
     if not terminal:
         return lambda: next((line.rstrip("\n") for line in sys.stdin), None)
     with contextlib.suppress(ImportError):  # not everywhere; input() then reads lines without editing

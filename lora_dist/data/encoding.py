@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_dist.data.records import FIELDS, BadRecordError, Format, conversation, question_and_answer, unpacked
+from lora_dist.data.records import FIELDS, BadRecordError, Format, conversation, question_and_answer, require_characters, unpacked
 from lora_dist.data.templates import PromptTemplate
 from lora_dist.data.tokenise import special_ids, tokenizer_digest
 from lora_dist.log import UserError
@@ -75,7 +74,9 @@ class Encoder:
             BadRecordError: what is wrong with the record.
         """
         if self.kind == "chat":
-            return _rendered(self.tokenizer, *conversation(record))
+            text, spans = _rendered(self.tokenizer, *conversation(record))
+            require_characters(text, "messages")  # of more than the contents: names, tools
+            return text, spans
         question, given, answer = question_and_answer(record, self.kind)
         prompt = question if self.template is None else self.template.prompt(question, given)
         return prompt + answer, [(len(prompt), len(prompt) + len(answer))]
@@ -219,9 +220,8 @@ def _rendered(
     template = tokenizer.get_chat_template(tools=tools)
 
     def render(count: int, *, asks: bool = False, marked: bool = False) -> tuple[str, list[Span]]:
-        # A copy: some templates change the messages they are given.
-        given = json.loads(json.dumps(messages[:count]))
         try:
+            given = json.loads(json.dumps(messages[:count]))  # a copy: some templates change the messages they are given
             texts, spans = render_jinja_template(
                 [given],
                 tools=tools,
@@ -230,7 +230,7 @@ def _rendered(
                 add_generation_prompt=asks,
                 **tokenizer.special_tokens_map,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # templates are programs of their own: jinja2's errors, and any other
             raise BadRecordError(f"the chat template does not take it ({' '.join(str(error).split())[:200]})") from error
         return texts[0], [(start, end) for start, end in (spans[0] if marked else ())]
 

@@ -234,12 +234,12 @@ def load_examples(
     found: dict[str, Examples] = {}
     reports: dict[str, RecordsReport] = {}
     from_cache = True
-    for name, split in find_splits(source, splits, root / "hub").items():
+    for name, split in find_splits(source, splits, root / "hub", noun="records").items():
         key = entry_key({"examples": EXAMPLES_FORMAT, "content": split.content_key(), **encoder.key_parts()})
         entry = open_examples(root, key)
         if entry is None:
             from_cache = False
-            _build(root, key, name, split, encoder, num_proc)
+            _build(root, key, name, split, encoder, num_proc, max_bad_share)
             entry = open_examples(root, key)
         if entry is None:
             raise UserError(f"data.cache_dir: what was written to {root / key} does not read back, expected a sound disk")
@@ -259,7 +259,8 @@ def format_of(source: TextSource, cache_dir: str | Path | None = None) -> Format
         UserError: neither examples nor text; and as `load_examples`.
     """
     root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
-    columns = columns_of(next(iter(find_splits(source, ("train", "validation"), root / "hub").values())))
+    found_splits = find_splits(source, ("train", "validation"), root / "hub", noun="records")
+    columns = columns_of(next(iter(found_splits.values())))
     found = detect_format(columns, source.text_column)
     if found is None:
         raise UserError(
@@ -270,6 +271,8 @@ def format_of(source: TextSource, cache_dir: str | Path | None = None) -> Format
 
 
 def _require_few_bad(name: str, report: RecordsReport, max_bad_share: float, kind: str) -> None:
+    if not report.records:
+        raise UserError(f"data.dataset_name: the {name} split holds no record, expected one at least")
     if report.bad > max_bad_share * report.records or report.bad == report.records:
         raise UserError(
             f"data.dataset_name: found {report.bad:,} bad records of {report.records:,} in the {name} split ({report.first_bad()}), "
@@ -297,7 +300,15 @@ def open_examples(root: Path, key: str) -> tuple[Examples, RecordsReport] | None
         return None
 
 
-def _build(root: Path, key: str, name: str, split: LocalSplit | HubSplit, encoder: RecordEncoder, num_proc: int | None) -> None:
+def _build(
+    root: Path,
+    key: str,
+    name: str,
+    split: LocalSplit | HubSplit,
+    encoder: RecordEncoder,
+    num_proc: int | None,
+    max_bad_share: float,
+) -> None:
     with new_entry(root, key, open_examples) as folder:
         scratch = folder / "scratch"
         tables = [
@@ -308,7 +319,7 @@ def _build(root: Path, key: str, name: str, split: LocalSplit | HubSplit, encode
         lengths = np.concatenate([_lengths(table) for table in tables])
         lengths = lengths[lengths > 0]
         if not len(lengths):
-            _require_few_bad(name, report, 0.0, encoder.kind)
+            _require_few_bad(name, report, max_bad_share, encoder.kind)
         for file, column, dtype in (
             ("tokens", "input_ids", token_dtype(encoder.tokenizer)),
             ("labels", "labels", np.dtype(np.uint8)),

@@ -113,13 +113,18 @@ def directory_splits(folder: Path, column: str) -> Iterator[tuple[str, LocalSpli
         raise UserError(f"data.dataset_name: the directory {folder} has no data files, expected some of {EXTENSIONS}")
 
 
-def require_contents(split: LocalSplit) -> None:
+def require_contents(split: LocalSplit, noun: str) -> None:
+    """Raises UserError for files that are empty or cannot be read.
+
+    Args:
+        noun: what they are expected to hold.
+    """
     try:
         empty = [path for path in split.files if path.stat().st_size == 0]
     except OSError as error:
         raise UserError(f"{split.option}: cannot read {error.filename} ({error.strerror})") from error
     if empty:
-        raise UserError(f"{split.option}: {path} is empty, expected text" for path in empty)
+        raise UserError(f"{split.option}: {path} is empty, expected {noun}" for path in empty)
 
 
 def _file_digest(path: Path) -> str:

@@ -15,8 +15,8 @@ import csv
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from typing import Any, Literal
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from lora_dist.data.files import LocalSplit
+from lora_dist.data.files import LocalSplit, first_line
 from lora_dist.data.hub import HubSplit
 from lora_dist.log import UserError
 
@@ -39,6 +39,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 """columns that a format reads"""
 _RAW = "record"  # column of records that are kept as JSON text
 _PROBED = 100
+_TOO_DEEP = "nested too deeply"
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant", "system": "system",
     "tool": "tool",
@@ -98,17 +99,25 @@ def columns_of(split: LocalSplit | HubSplit) -> set[str]:
     if ".txt" in first.suffixes:
         return set()
     if ".parquet" in first.name.lower():
-        return set(datasets.Dataset.from_parquet(str(first), streaming=True).column_names or ())
-    found: set[str] = set()
-    for record in islice(_records(first, split.option), _PROBED):
-        found |= set(record) if isinstance(record, dict) else set()
+        try:
+            return set(datasets.Dataset.from_parquet(str(first), streaming=True).column_names or ())
+        except (DatasetGenerationError, ValueError, OSError) as error:
+            raise _no_parquet(split.option, first, error) from error
+    probed = list(islice(_records(first, split.option), _PROBED))
+    found = {name for record in probed if isinstance(record, dict) for name in record}
+    if not probed:
+        raise _no_record(split.option, first)
+    if not found:
+        raise UserError(
+            f"{split.option}: {first} holds {_shown(probed[0])} where a record is expected, an object with the fields of data.format"
+        )
     return found
 
 
 def unpacked(batch: Mapping[str, list]) -> Iterator[Any]:
     """The records of a batch of a table's rows: mappings, or what stands in a file in place of one."""
     if list(batch) == [_RAW]:
-        yield from map(json.loads, batch[_RAW])
+        yield from map(_parsed, batch[_RAW])
     else:
         names = list(batch)
         yield from (dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True))
@@ -118,16 +127,27 @@ def _parquet(path: Path, folder: Path, option: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset("parquet", data_files={"train": [str(path)]}, split="train", cache_dir=str(folder))
     except (DatasetGenerationError, ValueError, OSError) as error:
-        raise UserError(f"{option}: {path} cannot be read as parquet ({error.__cause__ or error})") from error
+        raise _no_parquet(option, path, error) from error
+
+
+def _no_parquet(option: str, path: Path, error: Exception) -> UserError:
+    return UserError(f"{option}: {path} cannot be read as parquet ({first_line(error.__cause__ or error)})")
+
+
+def _no_record(option: str, path: Path) -> UserError:
+    return UserError(f"{option}: {path} holds no record, expected one at least")
 
 
 def _raw_rows(path: Path, option: str) -> Iterator[dict[str, str]]:
     empty = True
     for record in _records(path, option):
         empty = False
-        yield {_RAW: json.dumps(record)}
+        try:
+            yield {_RAW: json.dumps(record)}
+        except RecursionError:
+            yield {_RAW: json.dumps(_TOO_DEEP)}
     if empty:
-        raise UserError(f"{option}: {path} holds no record")
+        raise _no_record(option, path)
 
 
 def _records(path: Path, option: str) -> Iterator[Any]:
@@ -141,25 +161,31 @@ def _records(path: Path, option: str) -> Iterator[Any]:
         )
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield from read(file, partial(_broken, option, path))
+            yield from read(file)
+    except _BrokenFileError as error:
+        raise UserError(f"{option}: {path} {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{option}: {path} is not UTF-8 text ({error.reason})") from error
-    except (OSError, EOFError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{option}: {path} cannot be read ({error})") from error
 
 
-def _broken(option: str, path: Path, reason: str) -> UserError:
-    return UserError(f"{option}: {path} cannot be read as JSON ({reason}), expected a list of records, or one a line")
+class _BrokenFileError(ValueError):
+    """A file as a whole cannot be used; the text goes behind its name."""
 
 
-def _json_records(file: Any, broken: Callable[[str], UserError]) -> Iterator[Any]:
+def _json_records(file: Any) -> Iterator[Any]:
     first = next((line for line in file if line.strip()), "")
     if first.lstrip().startswith("["):
         try:
-            yield from json.loads(first + file.read())
-        except ValueError as error:
-            raise broken(str(error)) from error
+            records = json.loads(first + file.read())
+        except (ValueError, RecursionError) as error:
+            reason = _TOO_DEEP if isinstance(error, RecursionError) else error
+            raise _BrokenFileError(f"cannot be read as JSON ({reason}), expected a list of records, or one a line") from error
+        yield from records
         return
+    if first.strip() == "{":
+        raise _BrokenFileError("holds an object over several lines, expected a list of records, or one a line")
     for line in chain([first], file):
         if line.strip():
             yield _parsed(line)
@@ -168,20 +194,26 @@ def _json_records(file: Any, broken: Callable[[str], UserError]) -> Iterator[Any
 def _parsed(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line.strip()[:_PROBED]
 
 
-def _csv_records(file: Any, broken: Callable[[str], UserError]) -> Iterator[Any]:
-    csv.field_size_limit(1 << 30)
-    for record in csv.DictReader(file, restkey=""):
-        yield f"more fields than the header: {record['']}" if "" in record else record
+def _csv_records(file: Any) -> Iterator[Any]:
+    return _rows(csv.DictReader(file, restkey=""))
 
 
-def _tsv_records(file: Any, broken: Callable[[str], UserError]) -> Iterator[Any]:
+def _tsv_records(file: Any) -> Iterator[Any]:
     """As GLUE's own files: quotation marks are text."""
+    return _rows(csv.DictReader(file, restkey="", delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def _rows(rows: csv.DictReader) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)
-    for record in csv.DictReader(file, restkey="", delimiter="\t", quoting=csv.QUOTE_NONE):
+    names = list(rows.fieldnames or ())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise _BrokenFileError(f"has more than one column {', '.join(map(repr, twice))}, expected names that differ")
+    for record in rows:
         yield f"more fields than the header: {record['']}" if "" in record else record
 
 
@@ -240,7 +272,7 @@ def conversation(record: Any) -> tuple[list[dict[str, Any]], list[Any] | None]:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadRecordError("tools: not JSON") from error
     if tools and not isinstance(tools, list):
         raise BadRecordError(f"tools: found {_kind(tools)}, expected a list")
@@ -258,8 +290,9 @@ def chat_message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
     role = turn.get(role_key)
     if role is None:
         raise BadRecordError(f"{where}.role: missing")
-    if role not in _ROLES and not (role == "developer" and not sharegpt):
-        raise BadRecordError(f"{where}.{role_key}: found {role!r}, expected one of {', '.join(_ROLES)}")
+    if not isinstance(role, str) or (role not in _ROLES and not (role == "developer" and not sharegpt)):
+        found = repr(role) if isinstance(role, str) else _kind(role)
+        raise BadRecordError(f"{where}.{role_key}: found {found}, expected one of {', '.join(_ROLES)}")
     message = {key: value for key, value in turn.items() if value is not None and key not in (role_key, content_key)}
     message["role"] = _ROLES.get(role, role)
     content = turn.get(content_key)
@@ -275,8 +308,7 @@ def chat_message(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _require_mapping(record: Any) -> None:
     if not isinstance(record, Mapping):
-        shown = f" {record[:30]!r}" if isinstance(record, str) else ""
-        raise BadRecordError(f"found {_kind(record)}{shown}, expected an object")
+        raise BadRecordError(f"found {_shown(record)}, expected an object")
 
 
 def _text(record: Record, name: str, where: str | None = None) -> str:
@@ -285,11 +317,27 @@ def _text(record: Record, name: str, where: str | None = None) -> str:
         raise BadRecordError(f"{where or name}: missing")
     if not isinstance(value, str):
         raise BadRecordError(f"{where or name}: found {_kind(value)}, expected a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadRecordError(f"{where or name}: half of a character (a lone surrogate at {error.start})") from error
+    require_characters(value, where or name)
     return value
+
+
+def require_characters(text: str, where: str) -> None:
+    """Raises BadRecordError for what no tokenizer takes: half of a character, or a byte that was kept as one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        what = (
+            f"a byte that is not UTF-8 ({code - 0xDC00:#x}"
+            if 0xDC80 <= code <= 0xDCFF
+            else "half of a character (a lone surrogate"
+        )
+        raise BadRecordError(f"{where}: {what} at {error.start})") from error
+
+
+def _shown(value: Any) -> str:
+    """What stands in a wrong place, in few words."""
+    return f"a text {value[:30]!r}" if isinstance(value, str) else _kind(value)
 
 
 def _kind(value: Any) -> str:

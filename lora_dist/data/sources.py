@@ -27,13 +27,16 @@ class TextSource:
     """splits running text into documents"""
 
 
-def find_splits(source: TextSource, wanted: Iterable[str], records: Path) -> dict[str, LocalSplit | HubSplit]:
+def find_splits(
+    source: TextSource, wanted: Iterable[str], records: Path, *, noun: str = "text"
+) -> dict[str, LocalSplit | HubSplit]:
     """The wanted splits that the source has, in the order wanted.
 
     Args:
         source: the data set.
         wanted: split names.
         records: folder to note hub revisions in.
+        noun: what files are expected to hold, for messages.
 
     Raises:
         UserError: for what is missing, empty, unreadable or of an unknown format; and if none of the wanted splits is there.
@@ -55,5 +58,5 @@ def find_splits(source: TextSource, wanted: Iterable[str], records: Path) -> dic
         raise UserError(f"data.dataset_name: {source.dataset_name} has the splits {names}, expected {' or '.join(wanted)}")
     for split in chosen.values():
         if isinstance(split, LocalSplit):
-            require_contents(split)
+            require_contents(split, noun)
     return chosen

@@ -12,7 +12,7 @@ import torch
 from lora_dist.arguments import GenerateArgs
 from lora_dist.data.templates import load_template
 from lora_dist.engine.open_model import asked_quantisation, open_model
-from lora_dist.engine.prompts import Form, Prompt, read_prompts
+from lora_dist.engine.prompts import Form, Prompt, check_text, read_prompts
 from lora_dist.generation import Answer, context_of, encode, generate, room_problems
 from lora_dist.parallel import World
 
@@ -41,8 +41,10 @@ class Answerer:
         """Read the prompts' file and the template, then load the model.
 
         Raises:
-            UserError: as `open_model`; a template, file or chat template that is not there or not of use.
+            UserError: as `open_model`; a text, template, file or chat template that is not there or not of use.
         """
+        for name, text in (("prompt", args.prompt), ("system", args.system)):
+            check_text(text or "", name)
         template = load_template(args.prompt_template) if args.prompt_template is not None else None
         self.prompts = read_prompts(Path(args.prompt_file)) if args.prompt_file is not None else []
         self.args, self.world, self.speed = args, world, Speed()
@@ -122,6 +124,7 @@ class Answerer:
             self.args,
             batch_size=batch_size,
             special_tokens=self.form.special_tokens,
+            continued=self.form.plain,
             share=share,
             on_text=on_text,
             on_batch=on_batch,

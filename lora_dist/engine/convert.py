@@ -26,9 +26,9 @@ from lora_dist.models.export import check_output, model_bytes, save_model
 from lora_dist.models.hub import resolve
 from lora_dist.models.legacy import globals_of, read_inert, read_trusted
 from lora_dist.models.loading import load_base, load_tokenizer
-from lora_dist.models.pickled import CannotRun, Pickled, build, read_config, revive, understand
+from lora_dist.models.pickled import CannotRun, Pickled, build, nan_tensors, read_config, revive, understand
 from lora_dist.models.pickled_tokenizer import SAMPLE, rebuild_tokenizer
-from lora_dist.models.sources import open_shard, weight_files
+from lora_dist.models.sources import open_shard, some, weight_files
 
 REPORT_FILE = "convert.json"
 ROUNDED = 2**-7
@@ -72,6 +72,11 @@ def convert(args: ConvertArgs) -> ConvertReport:
     check_output(args.out)
     found = _read(path, args.trust_pickle)
     print(f"Found {found.what} in {path}")
+    broken = nan_tensors(found.tensors)
+    if broken:
+        raise UserError(
+            f"{path}: found NaN in {len(broken)} of its tensors, with which a model computes nothing else: {some(broken)}"
+        )
     config = _config(found, path, args.config_name)
     tokenizer = _tokenizer(found, path, args)
     model, widths = build(found, config, path)
@@ -84,7 +89,7 @@ def convert(args: ConvertArgs) -> ConvertReport:
     report: list[ConvertReport] = []
 
     def prove(staging: Path) -> Mapping[str, str]:
-        compared = _compare_tensors(found.tensors, staging)
+        compared = _compare_tensors(found.tensors, staging, args.out)
         error, cannot_run = _compare_logits(found, config, staging)
         done = ConvertReport(
             out=Path(args.out).expanduser(),
@@ -159,7 +164,7 @@ def _require_same(path: Path, folder: Path, trust_pickle: bool) -> None:
             raise UserError(f"{path}: is not the file that {folder} was converted from (its sha256 differs); {advice}")
         return
     try:  # a directory that came otherwise, such as the one written beside a finished run's pickle
-        _compare_tensors(_read(path, trust_pickle).tensors, folder)
+        _compare_tensors(_read(path, trust_pickle).tensors, folder, folder)
     except GuardError as difference:
         raise UserError(f"{path}: {folder} is there and holds another model ({difference}); {advice}") from difference
 
@@ -201,8 +206,11 @@ def _check_vocabulary(model: Any, tokenizer: Any, path: Path) -> None:
         )
 
 
-def _compare_tensors(expected: Mapping[str, Tensor], folder: Path) -> int:
+def _compare_tensors(expected: Mapping[str, Tensor], folder: Path, shown: str | Path) -> int:
     """Compare every tensor in the files with the pickle's, bit for bit. Returns how many there are.
+
+    Args:
+        shown: what messages call the folder.
 
     Raises:
         GuardError: one differs, or only one of both has it (tied ones may stand once in the files).
@@ -213,14 +221,21 @@ def _compare_tensors(expected: Mapping[str, Tensor], folder: Path) -> int:
         with open_shard(file) as shard:
             for name in shard.names:
                 tensor = shard.tensor(name)
-                if name not in expected or tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name]):
-                    raise GuardError(f"{folder}: {name} is not the pickle's")
+                if name not in expected or not _same_bits(tensor, expected[name]):
+                    raise GuardError(f"{shown}: {name} is not the pickle's")
                 seen.add(name)
     written = {pointers[name] for name in seen}
     missing = [name for name in expected if name not in seen and pointers[name] not in written]
     if missing:
-        raise GuardError(f"{folder}: {len(missing)} tensors of the pickle are not in the files, first {missing[0]}")
+        raise GuardError(f"{shown}: {len(missing)} tensors of the pickle are not in the files, first {missing[0]}")
     return len(seen)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same in dtype, shape and bits: NaN equals itself, and 0.0 is not -0.0."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _compare_logits(found: Pickled, config: Any, folder: Path) -> tuple[float | None, str]:

@@ -6,6 +6,7 @@ Called by `engine/setup.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from lora_dist.config import RunConfig, weights_of
 from lora_dist.data.classification import ClassEncoder, ClassRows, Subset, balanced_weights, class_rows, subset_of
@@ -23,6 +24,8 @@ from lora_dist.models.heads import HeadSpec
 from lora_dist.models.loading import LoadedBase
 from lora_dist.monitor.console import Console
 from lora_dist.parallel import World
+
+Kind = Format | Literal["text", "classification"]
 
 _SOURCE_KEYS = "data.dataset_name, data.dataset_config_name, data.validation_file"
 _END_KEYS = "data.block_size, data.holdout_windows, train.eval_strategy, model.config_name"
@@ -48,39 +51,58 @@ class RunData:
     task: Task
 
 
-def run_data(config: RunConfig, world: World, console: Console, base: LoadedBase) -> RunData:
+def run_data(config: RunConfig, world: World, console: Console, base: LoadedBase, kind: Kind) -> RunData:
     """Rows for training and evaluation, cut to the sizes asked for. Collective.
+
+    Args:
+        kind: as `data_kind` found it.
 
     Raises:
         UserError: data that is missing, unusable or does not fit the options.
     """
     data = config.data
     console.loading_data(data.dataset_name, data.dataset_config_name)
-    source = TextSource(
+    if kind == "text":
+        if data.format == "auto":
+            console.note("data.format auto: the rows are text")
+        return _windows(config, world, console, base, _source(config))
+    if kind == "classification":
+        return _classes(config, world, console, base, _source(config))
+    return _examples(config, world, console, base, _source(config), kind)
+
+
+def data_kind(config: RunConfig, world: World) -> Kind:
+    """What the rows are; and what is wrong with the data that can be told without a model, before one is loaded. Collective.
+
+    Raises:
+        UserError: data.format auto and rows of no known format, options that they do not go with, a template that is not there.
+    """
+    data, kind = config.data, config.data.format
+    if kind == "auto":
+        with world.main_first():
+            kind = format_of(_source(config), data.cache_dir)
+    if kind == "text":
+        asked = {"data.packing": data.packing, "data.train_on_inputs": data.train_on_inputs}
+        asked["train.group_by_length"] = config.train.group_by_length
+        problems = [
+            f"{key}: found true, but {data.dataset_name} holds text, expected examples" for key, on in asked.items() if on
+        ]
+        if problems:
+            raise UserError(problems)
+    if kind == "alpaca":
+        load_template(data.prompt_template)
+    return kind
+
+
+def _source(config: RunConfig) -> TextSource:
+    data = config.data
+    return TextSource(
         dataset_name=data.dataset_name,
         dataset_config_name=data.dataset_config_name,
         validation_file=data.validation_file,
         text_column=data.text_column,
         document_separator=data.document_separator,
     )
-    kind = data.format
-    if kind == "auto":
-        with world.main_first():
-            kind = format_of(source, data.cache_dir)
-        if kind == "text":
-            console.note("data.format auto: the rows are text")
-            asked = {"data.packing": data.packing, "data.train_on_inputs": data.train_on_inputs}
-            asked["train.group_by_length"] = config.train.group_by_length
-            problems = [
-                f"{key}: found true, but {data.dataset_name} holds text, expected examples" for key, on in asked.items() if on
-            ]
-            if problems:
-                raise UserError(problems)
-    if kind == "classification":
-        return _classes(config, world, console, base, source)
-    if kind == "text":
-        return _windows(config, world, console, base, source)
-    return _examples(config, world, console, base, source, kind)
 
 
 def _windows(config: RunConfig, world: World, console: Console, base: LoadedBase, source: TextSource) -> RunData:

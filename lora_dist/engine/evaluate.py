@@ -17,6 +17,7 @@ from lora_dist.data.sources import TextSource
 from lora_dist.data.text import Windows, hold_out, load_windows
 from lora_dist.engine.open_model import OpenModel, asked_quantisation, open_model
 from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
+from lora_dist.evaluation.together import main_first
 from lora_dist.log import UserError
 from lora_dist.parallel import World
 
@@ -96,8 +97,7 @@ def packed_loss(
     Raises:
         UserError: no such data or split, or too little of it.
     """
-    with world.main_first():
-        windows, split = _packed_windows(args, opened.base.tokenizer, context)
+    windows, split = main_first(world, lambda: _packed_windows(args, opened.base.tokenizer, context))
     batches = eval_batches(windows, batch_size=args.batch_size, rank=world.rank, world=world.size)
     tick = progress(-(-len(windows) // (args.batch_size * world.size)))
     return evaluate_loss(opened.model, batches, world=world, samples=len(windows), on_batch=tick), windows, split

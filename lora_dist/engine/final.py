@@ -68,7 +68,8 @@ def next_steps(parts: Parts) -> list[str]:
             f"   lora-dist generate {base} --adapter {adapter} {'--chat' if data.format == 'chat' else form}",
         ]
     pattern_lost = parts.pattern is None and parts.guard.pattern is not None
-    merge = f"2. Merge it, pattern kept:  lora-dist merge {base} {adapter} {merged}"
+    kept = ", pattern kept" if parts.pattern is not None else ""
+    merge = f"2. Merge it{kept}:  lora-dist merge {base} {adapter} {merged}"
     if pattern_lost:
         merge += " --densify   (plain LoRA: the pattern is lost)"
     return [*use, merge]

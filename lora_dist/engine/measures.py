@@ -120,10 +120,18 @@ class Measures:
     def _stream(self, name: str, source: TextSource | None) -> dict[str, Any]:
         args, world, start = self.args, self.world, time.perf_counter()
         corpus = main_first(world, lambda: read_corpus(name, source, split=args.split, cache_dir=args.cache_dir))
-        stream = token_stream(corpus.text, self.opened.base.tokenizer, args.special_tokens)
-        windows = plan_windows(
-            len(stream.ids_N), context=self.context, stride=args.stride, average=args.average, max_samples=args.max_samples
-        )
+        if len(set(world.gather(corpus.sha256))) > 1:
+            raise UserError(f"texts: {name} is not the same text on all machines, expected copies of one file")
+
+        def planned() -> tuple[TokenStream, list[Window]]:
+            stream = token_stream(corpus.text, self.opened.base.tokenizer, args.special_tokens)
+            return stream, plan_windows(
+                len(stream.ids_N), context=self.context, stride=args.stride, average=args.average, max_samples=args.max_samples
+            )
+
+        plan = together(world, planned)
+        assert plan is not None
+        stream, windows = plan
         tick = self.progress(rounds(windows, args.batch_size, world.size), name)
         share = together(
             world,

@@ -76,9 +76,10 @@ def open_model(
     """
     head: HeadSpec | None = None
     if adapter is not None:  # read first: what is wrong with it should not cost the loading of gigabytes
-        adapter = str(adapter_folder(adapter))
-        trained_with = adapter_identity(adapter, read_adapter_config(adapter))[1]
-        quantisation = quantisation or adapter_quantisation(adapter)
+        with world.main_first():
+            adapter = str(adapter_folder(adapter))
+            trained_with = adapter_identity(adapter, read_adapter_config(adapter))[1]
+            quantisation = quantisation or adapter_quantisation(adapter)
         if trained_with is not None and trained_with.kind == "block":
             block = trained_with.block
         labels = read_labels(adapter)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_dist.data.records import BadRecordError, chat_message
+from lora_dist.data.records import BadRecordError, chat_message, require_characters
 from lora_dist.data.templates import PromptTemplate
 from lora_dist.log import UserError
 
@@ -37,16 +37,18 @@ def read_prompts(file: Path) -> list[Prompt]:
         UserError: the file cannot be read, is empty, or holds something else.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            text = opened.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"prompt_file: {file} cannot be read ({reason})") from error
     kind = file.suffix.lower()
     if kind not in (".txt", ".json", ".jsonl"):
         raise UserError(f"prompt_file: {file} has an unknown extension, expected .txt, .json or .jsonl")
-    lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    ends = (line.removesuffix("\r") for line in text.split("\n"))  # str.splitlines knows of more, which JSON texts may hold
+    lines = [(f"line {i}", line) for i, line in enumerate(ends, start=1) if line.strip()]
     if kind == ".txt":
-        found = [Prompt(line) for _, line in lines]
+        found = [Prompt(line) for _, line in lines]  # UTF-8, so whole characters
     else:
         values = (
             _json_list(file, text) if text.lstrip().startswith("[") else [(where, _json(file, where, x)) for where, x in lines]
@@ -57,6 +59,14 @@ def read_prompts(file: Path) -> list[Prompt]:
     return found
 
 
+def check_text(text: str, where: str) -> None:
+    """Raises UserError for what no tokenizer takes, as it comes from files and terminals: half of a character, bytes that are not UTF-8."""
+    try:
+        require_characters(text, where)
+    except BadRecordError as error:
+        raise UserError(f"{error}, expected UTF-8 text") from error
+
+
 def _json_list(file: Path, text: str) -> list[tuple[str, Any]]:
     values = _json(file, "as a JSON list", text)
     return [(f"item {i}", value) for i, value in enumerate(values, start=1)]
@@ -65,12 +75,15 @@ def _json_list(file: Path, text: str) -> list[tuple[str, Any]]:
 def _json(file: Path, where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise UserError(f"prompt_file: {file}, {where}: is not JSON ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"prompt_file: {file}, {where}: is nested too deeply, expected {_EXPECTED}") from error
 
 
 def _prompt(where: str, value: Any) -> Prompt:
     if isinstance(value, str):
+        check_text(value, where)
         return Prompt(value)
     if isinstance(value, list):
         return Prompt(messages=_messages(where, value))
@@ -84,6 +97,8 @@ def _prompt(where: str, value: Any) -> Prompt:
             given = (value[key], value.get("input") or "")
             if not all(isinstance(part, str) for part in given):
                 raise UserError(f"{where}: found {key} or input that is no text")
+            for part in given:
+                check_text(part, where)
             return Prompt(given[0], given[1] if key == "instruction" else None)
     raise UserError(f"{where}: found {', '.join(map(str, value)) or 'nothing'}, expected {_EXPECTED}")
 

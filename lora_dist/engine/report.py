@@ -28,7 +28,7 @@ from lora_dist.engine.measures import Measures
 from lora_dist.engine.model_path import model_directory
 from lora_dist.evaluation.footprint import held_bytes
 from lora_dist.evaluation.table import add_recovery, conditions, errors, finite, markdown_table
-from lora_dist.evaluation.together import say
+from lora_dist.evaluation.together import say, together
 from lora_dist.log import UserError
 from lora_dist.monitor.console import Console
 from lora_dist.parallel import World
@@ -98,7 +98,7 @@ def _row(
     before = held_bytes()
     try:
         with _own_names():
-            folder = world.on_main(partial(_directory, args, model))
+            folder = world.broadcast(together(world, partial(_directory, args, model), only_main=True))
             opened = open_for_evaluation(args, folder, adapter, world)
             context = context_of(args, opened)
     except Exception as error:

@@ -1,6 +1,6 @@
 """From the configuration to the parts of a run: the last place that sees `RunConfig`. Everything below takes plain values.
 
-Order: cheap checks first (folder, checkpoint), then base, guard, adapter, data, optimizer, and last the resumed state.
+Order: cheap checks first (folder, checkpoint, format of the data), then base, guard, adapter, data, optimizer, and last the resumed state.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_dist.engine.attempts import Attempt
 from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, quantised_weights, require_finite
 from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
-from lora_dist.engine.data import RunData, head_for, run_data
+from lora_dist.engine.data import RunData, data_kind, head_for, run_data
 from lora_dist.engine.held import HeldFolder
 from lora_dist.engine.opening import Opening, versions
 from lora_dist.engine.packing import require_separate
@@ -104,6 +104,7 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     batch = _batch(config, world, checkpoint)
     strategy_plan = plan_strategy(config, world, batch)
     refuse_strategy(config.adapter.type, strategy_plan.name)
+    kind = data_kind(config, world)
     opened = _base(config, world, console, strategy_plan)
     base, pattern = opened.base, _adapter_pattern(config, console, opened.found)
     identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
@@ -114,7 +115,7 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     console.adapter_applied(*model.get_nb_trainable_parameters())
     if pattern is not None:
         console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
-    data = run_data(config, world, console, base)
+    data = run_data(config, world, console, base, kind)
     if checkpoint is not None:
         check_adapter(checkpoint, config)
         load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)

@@ -66,6 +66,8 @@ class WorldLM(HFLM):
         self._encoded = lru_cache(_CONTEXTS)(lambda text: tuple(HFLM.tok_encode(self, text)))
         self.truncated = 0
         """requests cut off from the left since it was last set to 0"""
+        self.failed_on_all = False
+        """every process knows of the failure that ended the last task"""
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         if add_special_tokens is None and not options:
@@ -80,7 +82,11 @@ class WorldLM(HFLM):
         inputs = self._inputs([(context, answer) for _, context, answer in pieces])
         size = override_bs or int(self.batch_size)
         batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-        share = together(self._world, lambda: self._share(batches))
+        try:
+            share = together(self._world, lambda: self._share(batches))
+        except Exception:
+            self.failed_on_all = True
+            raise
         answers: dict[int, Answer] = {}
         for part in self._world.gather(share or {}):
             answers |= part

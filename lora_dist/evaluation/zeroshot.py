@@ -129,12 +129,12 @@ def means(tasks: Mapping[str, Any]) -> dict[str, float | None]:
 def _run_task(lm: Any, name: str, args: ZeroShotArgs, world: World, notes: list[str]) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
-    start, lm.truncated = time.perf_counter(), 0
+    start, lm.truncated, lm.failed_on_all = time.perf_counter(), 0, False
     with _quiet(notes):
         loaded = together(world, lambda: _load(name, args))
         assert loaded is not None
         with _unseen_bars(notes):
-            outcome = evaluate(lm=lm, task_dict=loaded, limit=args.limit, log_samples=False)
+            outcome = _evaluated(lm, world, lambda: evaluate(lm=lm, task_dict=loaded, limit=args.limit, log_samples=False))
     results = outcome["results"]
     figures = _plain(results[_own_name(name, args) if _own_name(name, args) in results else next(iter(results))])
     asked = [counts["effective"] for counts in outcome["n-samples"].values()]
@@ -142,6 +142,27 @@ def _run_task(lm: Any, name: str, args: ZeroShotArgs, world: World, notes: list[
     if len(results) > 1:
         report["subtasks"] = {task: _plain(values) for task, values in results.items()}
     return {**report, "runtime_s": time.perf_counter() - start}
+
+
+def _evaluated(lm: Any, world: World, evaluate: Callable[[], Any]) -> Any:
+    """Collective: a task that fails on one process outside of the model (its questions, its metrics) fails on all.
+
+    Such a process comes to the question here, while the others may still ask theirs within the model: the two meet.
+    """
+    outcome, problem = None, None
+    try:
+        outcome = evaluate()
+    except Exception as error:
+        if lm.failed_on_all:
+            raise
+        problem = error
+
+    def result() -> Any:
+        if problem is not None:
+            raise problem
+        return outcome
+
+    return together(world, result)
 
 
 def _own_name(name: str, args: ZeroShotArgs) -> str:

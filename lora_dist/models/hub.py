@@ -13,6 +13,8 @@ from lora_dist.log import UserError
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL = ["*.json", "*.txt", "*.model", "*.jinja"]
 """configuration and tokenizer"""
+PICKLES = (".bin", ".pt", ".pth", ".pkl")
+"""endings of pickled models"""
 
 
 def resolve(name: str, key: str, *, weights: bool = True, code: bool = False, offline: bool = False) -> Path:
@@ -32,7 +34,8 @@ def resolve(name: str, key: str, *, weights: bool = True, code: bool = False, of
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{key}: found a file, {name}, expected the directory of a model in Hugging Face format")
+        advice = f": `lora-dist convert {name} OUT` makes one of a pickle" if path.suffix in PICKLES else ""
+        raise UserError(f"{key}: found a file, {name}, expected the directory of a model in Hugging Face format{advice}")
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{key}: found no directory {name}, expected one that holds config.json and model.safetensors")
     wanted = _SMALL + (["*.safetensors"] if weights else []) + (["*.py"] if code else [])

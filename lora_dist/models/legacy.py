@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from lora_dist.log import UserError
+from lora_dist.log import UserError, logger
 from lora_dist.models.allowed import is_allowed
 from lora_dist.process import flush
 
@@ -136,10 +137,15 @@ def _require_torch_zip(path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:
                 names = {name.rpartition("/")[2] for name in archive.namelist()}
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
+                damaged = _damaged_member(archive) if "data.pkl" in names else None
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, RuntimeError) as error:  # or encrypted
             raise UserError(
                 f"{path}: is a truncated or damaged torch file ({_line(error)}); download or save it again"
             ) from error
+        if damaged is not None:
+            raise UserError(
+                f"{path}: is damaged: {damaged} in it does not match its checksum (CRC-32); download or save it again"
+            )
         if "data.pkl" not in names:
             kind = "a zip archive, not one of torch.save"
         elif "constants.pkl" in names:
@@ -156,6 +162,17 @@ def _require_torch_zip(path: Path) -> None:
         kind = "no torch file"
     if kind:
         raise UserError(f"{path}: is {kind}, expected a model saved by torch.save (1.6 or later); it was not opened")
+
+
+def _damaged_member(archive: zipfile.ZipFile) -> str | None:
+    """The first part of a torch file whose bytes are not those that were saved; None if all are, or there is nothing to tell it by.
+
+    torch itself does not look. Reads the file once, a piece at a time.
+    """
+    if not any(member.CRC for member in archive.infolist()):  # torch.serialization.set_crc32_options(False)
+        logger.warning("%s: was saved without checksums, so whether it is damaged cannot be told", archive.filename)
+        return None
+    return archive.testzip()
 
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks"))

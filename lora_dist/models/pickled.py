@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lora_dist.models.uneven import LayerWidths, NotStructured, find_widths, hea
 _STATE_KEYS = ("model", "state_dict", "model_state_dict")
 _COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|masked_bias)")
 """buffers that older versions stored, and that are computed from the configuration now"""
+_NUMBER = re.compile(r"\.(\d+)(?=\.)")
 _NOT_KEPT = {
     "model_type",
     "auto_map",
@@ -203,6 +204,9 @@ def build(found: Pickled, config: Any, path: Path) -> tuple[Any, LayerWidths | N
         UserError: tensors that do not fit the configuration, nor structured pruning of it.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in found.tensors.items()}
+    said, held = getattr(config, "num_hidden_layers", None), _layer_count(shapes)
+    if isinstance(said, int) and said > held:  # millions of them would be built for minutes
+        raise UserError(f"{path}: holds weights of {held} layers, its configuration says {said}; give another with --config_name")
     try:
         widths = find_widths(shapes, config, any_width=True)
     except NotStructured as reason:
@@ -224,6 +228,21 @@ def build(found: Pickled, config: Any, path: Path) -> tuple[Any, LayerWidths | N
     model.tie_weights()
     model.generation_config = read_generation(found) or GenerationConfig.from_model_config(config)
     return model.requires_grad_(False).eval(), widths
+
+
+def _layer_count(names: Iterable[str]) -> int:
+    """How many modules of one list have tensors of these names: the layers, or more of something within them."""
+    lists: dict[str, set[str]] = {}
+    for name in names:
+        for match in _NUMBER.finditer(name):
+            lists.setdefault(name[: match.start()], set()).add(match[1])
+    return max(map(len, lists.values()), default=0)
+
+
+def nan_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that hold a NaN."""
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    return [name for name, tensor in tensors.items() if tensor.dtype in kinds and bool(tensor.isnan().any())]
 
 
 def _settle_tie(config: Any, tensors: Mapping[str, Tensor]) -> None:

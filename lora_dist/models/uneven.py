@@ -100,10 +100,10 @@ def find_widths(shapes: Shapes, config: Any, *, any_width: bool = False) -> Laye
         return None
     hidden, count, heads, width = (int(getattr(config, key)) for key in keys)
     kv = int(getattr(config, "num_key_value_heads", None) or heads)
+    if len(layers) != count or set(layers) != set(range(count)):  # before anything is made for so many layers as it says
+        raise NotStructured(f"the files hold {len(layers)} layers, config.json says {count}")
     alike = LayerWidths((heads,) * count, (kv,) * count, (width,) * count, _biased(shapes))
     as_configured = layers == _expected(alike, hidden, head_size(config))
-    if not as_configured and sorted(layers) != list(range(count)):
-        raise NotStructured(f"the files hold {len(layers)} layers, config.json says {count}")
     found = alike if as_configured else _measure(layers, hidden, head_size(config), _biased(shapes))
     recorded = getattr(config, CONFIG_KEY, None)
     if recorded is not None and recorded != found.record():

@@ -112,7 +112,10 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Collective: the body runs on rank 0 first, then on the others; a `UserError` on rank 0 is raised on all."""
+        """Collective: the body runs on rank 0 first, then on the others; a `UserError` on any rank is raised on all.
+
+        The body must not be collective.
+        """
         if self.size == 1:
             yield
             return
@@ -120,7 +123,11 @@ class World:
             problem = self.broadcast(None)
             if problem is not None:
                 raise problem
-            yield
+            try:
+                yield
+            except UserError as error:
+                problem = error
+            self.agree(problem)
             return
         try:
             yield
@@ -128,6 +135,7 @@ class World:
             self.broadcast(error)
             raise
         self.broadcast(None)
+        self.agree(None)
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

@@ -134,6 +134,16 @@ def test_bad_records_are_counted_and_named(load: Callable[..., ExampleSplits]):
         load(["text"], max_bad_share=0.99)
 
 
+def test_records_that_are_all_bad_or_not_there(
+    load: Callable[..., ExampleSplits], write_text: Callable[..., Path], tmp_path: Path
+):
+    with pytest.raises(UserError, match=r"found 2 bad records of 2 .*expected 10% at most \(data.max_bad_share\)"):
+        load([{"instruction": "a", "output": ["b"]}] * 2)
+    source = TextSource(str(write_text("empty.jsonl", "")))
+    with pytest.raises(UserError, match=r"empty.jsonl is empty, expected records"):
+        format_of(source, tmp_path)
+
+
 def test_a_prompt_leaves_room_for_one_token_of_the_answer(load: Callable[..., ExampleSplits], tokenizer: PreTrainedTokenizerBase):
     prompt = len(tokenizer(ALPACA.prompt("Name a lake."))["input_ids"])
     assert load(RECORDS[:1], max_length=prompt + 1).splits["train"].lengths.tolist() == [prompt + 1]
@@ -245,6 +255,16 @@ def test_a_damaged_entry_is_rebuilt(load: Callable[..., ExampleSplits], tmp_path
     file.write_bytes(content)
     again = load(RECORDS)
     assert not again.from_cache and again.splits["train"].digest == digest
+
+
+def test_half_a_character_anywhere_in_a_chat_is_a_bad_record(load: Callable[..., ExampleSplits]):
+    named = CHATML.replace("m['role'] +", "m['role'] + (m['name'] or '') +")
+    bad = [{"role": "user", "content": "hi", "name": "\ud800"}, CHAT[1]]
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = named
+    records = [{"messages": CHAT}] * 20 + [{"messages": bad}, {"messages": [{"role": ["user"], "content": "hi"}, CHAT[1]]}]
+    report = load(records, "chat", template=None, tokenizer=tokenizer).reports["train"]
+    assert [number for number, _ in report.named] == [21, 22] and "half of a character" in report.named[0][1]
 
 
 def test_the_format_is_seen_in_files(tmp_path: Path, write_text: Callable[..., Path]):

@@ -76,13 +76,44 @@ def test_hub_rows_are_read_as_they_are(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("a.json", '[{"a": 1},', "cannot be read as JSON"),
+        ("a.json", "[" * 100_000, r"cannot be read as JSON \(nested too deeply\)"),
         ("a.json", "[]", "holds no record"),
+        ("a.json", " \n\n", "holds no record"),
+        ("a.csv", "instruction,output\n", "holds no record"),
+        (
+            "a.json",
+            '{\n "instruction": "a",\n "output": "b"\n}',
+            "holds an object over several lines, expected a list of records",
+        ),
+        ("a.csv", "instruction,output,output\na,b,c\n", "has more than one column 'output'"),
+        ("a.parquet", "PAR1garbage", "a.parquet cannot be read as parquet"),
         ("a.txt", "words", "is running text, expected records"),
     ],
 )
 def test_files_that_hold_no_records(tmp_path: Path, write_text: Callable[..., Path], name: str, content: str, message: str):
     with pytest.raises(UserError, match=message):
         read(write_text(name, content), tmp_path)
+    if not name.endswith(".txt"):
+        with pytest.raises(UserError, match=message):
+            columns_of(files_split(str(tmp_path / name), "text", "data.dataset_name"))
+
+
+@pytest.mark.parametrize(("content", "found"), [("[1, 2, 3]", "a number"), ("words\nof text", "a text 'words'")])
+def test_files_of_other_things_have_no_columns(tmp_path: Path, write_text: Callable[..., Path], content: str, found: str):
+    split = files_split(str(write_text("a.json", content)), "text", "data.dataset_name")
+    with pytest.raises(UserError, match=f"data.dataset_name: .*a.json holds {found} where a record is expected"):
+        columns_of(split)
+
+
+def test_a_record_nested_beyond_reason_is_a_bad_one(tmp_path: Path, write_text: Callable[..., Path]):
+    for depth in (900, 100_000):  # some can be read, and not written again
+        deep = '{"instruction":' + "[" * depth + "]" * depth + ', "output": "x"}'
+        first, second, third = read(
+            write_text(f"{depth}.jsonl", f"{json.dumps(ROWS[0])}\n{deep}\n{json.dumps(ROWS[0])}"), tmp_path
+        )
+        assert first == third == ROWS[0]
+        with pytest.raises(BadRecordError, match="found a"):
+            question_and_answer(second, "alpaca")
 
 
 def test_formats_follow_from_the_columns():
@@ -143,6 +174,8 @@ def test_both_kinds_of_chat():
         ({"messages": [{"role": "assistant", "content": " "}]}, "messages[0].content: empty answer"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content: missing"),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from: found 'bot', expected one of human"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "messages[0].role: found a list, expected one of human"),
+        ({"messages": [{"role": "assistant", "content": "\udcff"}]}, "messages[0].content: a byte that is not UTF-8 (0xff at 0)"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content: found a list, expected a text"),
     ],
 )

@@ -78,3 +78,23 @@ def test_what_fails_on_one_is_told_by_both(pair, argv):
     assert lines[0] == lines[1] and len(lines[0]) == 2
     assert any("texts: found no file /no/such.txt" in line for line in lines[0])
     assert any("prompt_tokens, max_new_tokens: found 60 and 64" in line for line in lines[0])
+
+
+@pytest.mark.parametrize(
+    "rank,where,failed",
+    [
+        (1, "lora_dist.engine.measures.token_stream", {"stories", "wikitext2"}),
+        (1, "lm_eval.api.task.ConfigurableTask.build_all_requests", {"piqa", "boolq"}),
+        (0, "lm_eval.api.task.ConfigurableTask.process_results", {"piqa", "boolq"}),
+    ],
+)
+def test_what_fails_on_one_process_only_leaves_nobody_waiting(pair, argv, rank, where, failed):
+    """Both note it in its place, both go on with the next text or task, and the last metric is whole."""
+    asked = ["--metrics=ppl,zeroshot,speed", "--tasks=piqa,boolq", *(word for word in argv[2:] if "max_samples" not in word)]
+    done = pair.run(argv[0], *asked, "--limit=3", "--max_samples=3", verb="report", faults=[{"rank": rank, "where": where}])
+    for fact in done.facts:
+        report = fact["report"]
+        entries = {**report["perplexity"], **report["zeroshot"]["tasks"]}
+        assert {name for name, entry in entries.items() if "error" in entry} == failed
+        assert all("OSError: gone here" in entries[name]["error"] for name in failed)
+        assert report["speed"]["decode_tokens_per_s"]["median"] > 0

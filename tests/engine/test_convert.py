@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import prune_structured
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lora_dist.__main__ import main
 from lora_dist.arguments import ConvertArgs
 from lora_dist.blocks import MASK_FILE, Pattern
-from lora_dist.engine.convert import convert, converted
+from lora_dist.engine.convert import _compare_tensors, convert, converted
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.legacy import save_pickled
 from lora_dist.models.loading import load_base
@@ -222,6 +224,40 @@ def test_a_module_that_computes_something_else_is_not_published(tmp_path: Path) 
     with pytest.raises(GuardError, match="logits of the written directory differ"):
         _convert(save_pickled(model, tiny_tokenizer(), tmp_path / "m.bin"), tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["m.bin"]
+
+
+def test_what_holds_nan_is_refused_and_named(tmp_path: Path) -> None:
+    model = structured()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    save_pickled(model, tiny_tokenizer(), tmp_path / "m.bin")
+    with pytest.raises(UserError, match=r"m\.bin: found NaN in 1 of its tensors, .*: model\.layers\.0\.mlp\.up_proj\.weight$"):
+        _convert(tmp_path / "m.bin", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.bin"]
+
+
+@pytest.mark.parametrize("value,same", [(float("nan"), True), (-0.0, False), (1.0, False)])
+def test_tensors_are_compared_bit_for_bit_under_the_name_asked_for(tmp_path: Path, value: float, same: bool) -> None:
+    """Also by what compares otherwise as numbers: NaN with itself, 0.0 with -0.0."""
+    stored = torch.tensor([float("nan") if same else 0.0, 2.0])
+    save_file({"w": stored}, tmp_path / "model.safetensors")
+    expected = {"w": torch.tensor([value, 2.0])}
+    if same:
+        assert _compare_tensors(expected, tmp_path, "OUT") == 1
+        return
+    with pytest.raises(GuardError, match="^OUT: w is not the pickle's$"):
+        _compare_tensors(expected, tmp_path, "OUT")
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_more_layers_than_there_are_weights_for_are_not_built(tmp_path: Path, kind: str) -> None:
+    model = tiny_model(kind)
+    model.config.num_hidden_layers = 10**7
+    save_pickled(model, tiny_tokenizer(), tmp_path / "m.bin")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="holds weights of 2 layers, its configuration says 10000000; give another"):
+        _convert(tmp_path / "m.bin", tmp_path / "out")
+    assert time.monotonic() - started < 20
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:

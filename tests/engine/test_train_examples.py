@@ -111,6 +111,10 @@ def test_data_that_does_not_fit_what_is_asked(tiny_base, tiny_text, instructions
     assert "data.holdout_windows: found 58 of 58 examples, expected fewer: lower it, or set data.validation_file" in message
     message = refused(tiny_base, file, out, **{**common, "data__format": "chat"})
     assert "the tokenizer of" in message and str(tiny_base) in message and "has no chat template" in message
+    message = refused(
+        "nowhere/at/all", file, out, **{**common, "data__prompt_template": "none"}
+    )  # before the model is looked for
+    assert message.startswith("data.prompt_template: found no template none, expected one of alpaca")
     message = refused(tiny_base, tiny_text, out, **common, data__packing=True)
     assert f"data.packing: found true, but {tiny_text} holds text, expected examples" in message
     message = refused(tiny_base, tiny_text, out, **{**common, "data__format": "alpaca"})

@@ -157,6 +157,28 @@ def test_files_of_another_kind_are_named_and_not_opened(tmp_path: Path, marker: 
     assert named in refuse(path, marker)
 
 
+@pytest.mark.parametrize("read", [read_inert, read_trusted])
+def test_a_flipped_byte_in_a_tensor_is_found_by_its_checksum(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    path, weights = tmp_path / "model.bin", torch.rand(100, 100)
+    torch.save({"model": {"weight": weights, "other": torch.zeros(2)}}, path)
+    assert torch.equal(read(path)["model"]["weight"], weights)
+    content = bytearray(path.read_bytes())
+    content[content.index(weights.numpy().tobytes()) + 20_000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.bin: is damaged: model/data/0 in it does not match its checksum"):
+        read(path)
+
+
+def test_a_file_saved_without_checksums_is_read_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": torch.ones(3)}, tmp_path / "model.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_inert(tmp_path / "model.bin")["weight"].tolist() == [1, 1, 1]
+    assert "without checksums" in caplog.text
+
+
 def test_allowed_classes_are_not_built_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What an allowed class would do with arguments and state of an attacker's choice never matters."""
     path = tmp_path / "model.bin"

@@ -95,6 +95,8 @@ def test_no_such_directory(tmp_path: Path) -> None:
     assert "found no directory out/llama2_7b/block_16x16/wanda" in _refused("out/llama2_7b/block_16x16/wanda")
     (tmp_path / "file").write_text("")
     assert "found a file" in _refused(tmp_path / "file")
+    (pickle := tmp_path / "pruned_model.bin").write_text("")
+    assert _refused(pickle).endswith(f"in Hugging Face format: `lora-dist convert {pickle} OUT` makes one of a pickle")
 
 
 def test_an_empty_directory(tmp_path: Path) -> None:

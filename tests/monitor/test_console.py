@@ -47,7 +47,9 @@ def test_other_ranks_print_nothing(tmp_path, capsys):
 
 def test_a_worse_result_is_not_called_an_improvement():
     stream = io.StringIO()
-    Console(stream=stream).final_results(loss=2, figures={"perplexity": 7.39}, runtime_s=1, samples=1, steps=1, epoch=1, first=5.0)
+    Console(stream=stream).final_results(
+        loss=2, figures={"perplexity": 7.39}, runtime_s=1, samples=1, steps=1, epoch=1, first=5.0
+    )
     assert "(Worsened from 5.00 → 7.39, rise: 47.80%)" in stream.getvalue()
 
 

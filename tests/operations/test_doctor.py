@@ -552,6 +552,7 @@ def test_a_model_that_cannot_be_read(tiny_base, tmp_path):
             assert code == 1 and f"found no directory {name}" in found["found"] and "directory of a model" in found["remedy"]
 
 
+@pytest.mark.long
 def test_offline_a_hub_name_has_to_be_in_the_cache(tiny_base, tmp_path):
     argv = ("--only", "model", "--model", "some/name", "--offline", "--output_dir", str(tmp_path))
     done = command(*argv, HF_HOME=str(tmp_path / "hub"))

@@ -169,6 +169,30 @@ def test_nothing_is_left_behind_whatever_ends_it(number, tmp_path):
     assert not list(temporary.glob("lora-dist-doctor-*"))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_a_destructor_swallows_counts_all_the_same(monkeypatch, capsys):
+    from lora_dist.cli.doctor import main
+
+    class Swallowing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def examine(*_: object) -> int:
+        held = Swallowing()
+        del held
+        return 0
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("lora_dist.operations.doctor.run", examine)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([]) == 130
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)
+    assert "interrupted" in capsys.readouterr().err
+
+
 @pytest.mark.long
 def test_behind_a_strategy_that_fails_the_next_is_tried(tmp_path):
     """There is no zero9: DeepSpeed's file of that stage is missing."""

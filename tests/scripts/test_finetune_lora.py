@@ -112,9 +112,11 @@ def test_accumulation_follows_from_the_batch_and_a_remainder_is_refused(monkeypa
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert batch() == ["--train.gradient_accumulation_steps=4", "--train.global_batch_size=64"]
     monkeypatch.setenv("WORLD_SIZE", "3")
-    remainder = "^batch_size: found 64 with micro_batch_size 4 on 3 processes, expected a multiple of 12, such as 60$"
+    remainder = "^batch_size: found 64 with micro_batch_size 4 on 3 processes, expected a multiple of 12, such as 60 or 72$"
     with pytest.raises(UserError, match=remainder):
         batch()
+    with pytest.raises(UserError, match="^batch_size: found 6 .*expected a multiple of 12, such as 12$"):
+        batch("--batch_size=6")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the run goes on with the machines that are left
     goes_on = ["--train.gradient_accumulation_steps=6", "--train.global_batch_size=64"]
     assert batch() == goes_on
@@ -134,6 +136,31 @@ def test_numbers_that_are_none_are_named(argv):
         configured(*argv.split())
     with pytest.raises(UserError, match="pruned_model: found nothing"):
         finetune_lora.to_options([])
+
+
+@pytest.mark.parametrize(
+    "argv,problem",
+    [
+        ("--cutoff_len 1", "cutoff_len: found 1, expected a context of 2 tokens or more"),
+        (
+            "--lora_r 0 --num_epochs 0",
+            "lora_r: found 0, expected a number above 0\nnum_epochs: found 0.0, expected a number above 0",
+        ),
+        ("--packing_length 9 --packing", "packing_length: found 9, expected packing, and cutoff_len (256) or more: a row holds"),
+        ("--prompt_template_name none", "prompt_template_name: found no template none, expected one of alpaca"),
+        ("--data_path none.json", "data_path: found no file none.json"),
+        ("--data_path {}/t.txt --packing", "packing: found true, but {}/t.txt holds text, expected examples"),
+    ],
+)
+def test_errors_name_the_flags_and_need_no_model(argv, problem, tmp_path):
+    """The model is not there, which nothing has come to see yet."""
+    (tmp_path / "d.json").write_text('[{"instruction": "a", "output": "b"}]')
+    (tmp_path / "t.txt").write_text("words")
+    given = [word.format(tmp_path) for word in argv.split()]
+    options = ["--pruned_model", "nowhere/at/all", "--output_dir", str(tmp_path / "out"), "--data_path", str(tmp_path / "d.json")]
+    with pytest.raises(UserError) as caught:
+        finetune_lora.run([*options, *given])
+    assert str(caught.value).startswith(problem.format(tmp_path))
 
 
 def test_instruction_data_of_every_kind_are_the_same_for_the_same_seed(tmp_path):

@@ -283,6 +283,7 @@ def assert_same_as_one_process(done: subprocess.CompletedProcess[str], out: Path
 NO_DROPOUT = ["--lora_dropout", "0", "--skip_evaluation", "--num_epochs", "1"]
 
 
+@pytest.mark.long
 def test_two_processes_under_torchrun_equal_one(workplace, tmp_path):
     assert start(workplace, "pruned", tmp_path / "one", *NO_DROPOUT) == 0
     done = launched(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], workplace, tmp_path / "two", *NO_DROPOUT)

@@ -1,0 +1,28 @@
+"""What a run says to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lora_dist.config import DataArgs, ModelArgs, RunConfig
+from lora_dist.engine.final import next_steps
+
+
+@pytest.mark.parametrize(
+    "pattern,of_the_base,label,end",
+    [
+        ("some", "some", "2. Merge it, pattern kept:", ""),
+        (None, None, "2. Merge it:", ""),
+        (None, "some", "2. Merge it:", " --densify   (plain LoRA: the pattern is lost)"),
+    ],
+)
+def test_a_pattern_is_kept_where_there_is_one(pattern, of_the_base, label, end):
+    config = RunConfig(model=ModelArgs("base"), data=DataArgs("d.txt"))
+    parts: Any = SimpleNamespace(
+        config=config, output_dir=Path("run"), pattern=pattern, guard=SimpleNamespace(pattern=of_the_base)
+    )
+    assert next_steps(parts)[-1] == f"{label}  lora-dist merge base run run/merged{end}"
