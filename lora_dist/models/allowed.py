@@ -23,6 +23,7 @@ _DECODER = re.compile(r"(transformers\.models\.(\w+)\.modeling_\2)\.([A-Z]\w*)")
 _CONFIG = re.compile(r"(transformers\.models\.(\w+)\.configuration_\2)\.([A-Z]\w*Config)")
 _TOKENIZER = re.compile(r"transformers\.models\.(?!auto\.)(\w+)\.tokenization_\1(_fast)?\.[A-Z]\w*Tokenizer(Fast)?")
 _ACTIVATION = re.compile(r"(transformers\.activations)\.([A-Z]\w*)")
+_CONV1D = re.compile(r"(transformers\.pytorch_utils)\.(Conv1D)")  # GPT-2's linear
 _LISTED = {
     "transformers.generation.configuration_utils.GenerationConfig",
     "transformers.configuration_utils.PretrainedConfig",
@@ -64,7 +65,7 @@ def is_allowed(name: str) -> bool:
     """Whether a pickled model may name this class (`torch.nn.modules.linear.Linear`)."""
     if name in _LISTED or _TOKENIZER.fullmatch(name):
         return True
-    if match := _TORCH.fullmatch(name) or _ACTIVATION.fullmatch(name):
+    if match := _TORCH.fullmatch(name) or _ACTIVATION.fullmatch(name) or _CONV1D.fullmatch(name):
         return _is_class(match[1], match[2], nn.Module, must_exist=True)
     if match := _DECODER.fullmatch(name):
         return match[2] in _decoder_rooms() and _is_class(match[1], match[3], nn.Module, must_exist=False)
@@ -90,7 +91,7 @@ def _find(module: str, name: str) -> Any:
 
 def module_class(name: str) -> type[nn.Module] | None:
     """The module class of an allowed name, None if this version of transformers has none of that name."""
-    if not is_allowed(name) or not (_TORCH.fullmatch(name) or _ACTIVATION.fullmatch(name) or _DECODER.fullmatch(name)):
+    if not is_allowed(name) or not any(kind.fullmatch(name) for kind in (_TORCH, _ACTIVATION, _CONV1D, _DECODER)):
         return None
     found = _find(*name.rsplit(".", 1))
     assert found is None or issubclass(found, nn.Module)

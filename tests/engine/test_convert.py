@@ -265,3 +265,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 20, bias=False)
     with pytest.raises(UserError, match=r"layer 1 has up_proj \(20, 32\) for \(33, 32\)"):
         _convert(save_pickled(model, tiny_tokenizer(), tmp_path / "m.bin"), tmp_path / "out")
+
+
+def test_a_whole_gpt2_computes_the_same_after_conversion(tmp_path: Path) -> None:
+    path = save_pickled(tiny_model("gpt2"), tiny_tokenizer(), tmp_path / "pruned_model.bin")
+    assert _convert(path, tmp_path / "out").logits_error == 0
+    assert torch.equal(logits(load_base(str(tmp_path / "out"), progress=False).model), logits(tiny_model("gpt2")))
