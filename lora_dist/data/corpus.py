@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from lora_dist.data.files import LocalSplit, names_files
 from lora_dist.data.hub import HubSplit
-from lora_dist.data.sources import TextSource, find_splits
+from lora_dist.data.sources import TextSource, cache_root, find_splits
 from lora_dist.data.tokenise import special_ids
 from lora_dist.log import UserError
 
@@ -88,7 +87,7 @@ def read_corpus(name: str, source: TextSource | None, *, split: str = "test", ca
                 f"texts: found {name}, expected {', '.join(PRESETS)}, or NAME=FILE for a text of your own (NAME={name}.txt)"
             )
         source, split = TextSource(preset.dataset_name, text_column=preset.column), preset.split
-    root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
+    root = cache_root(cache_dir)
     files = names_files(source.dataset_name) or Path(source.dataset_name).expanduser().is_file()
     found = find_splits(source, ("train",) if files else (split,), root / "hub")
     chosen = next(iter(found))

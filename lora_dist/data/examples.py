@@ -23,13 +23,12 @@ from typing import Any, Literal, Protocol
 import datasets
 import numpy as np
 import torch
-from huggingface_hub import constants
 
 from lora_dist.data.files import LocalSplit
 from lora_dist.data.hub import HubSplit
 from lora_dist.data.records import Format, columns_of, detect_format, record_tables
 from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch
-from lora_dist.data.sources import TextSource, find_splits
+from lora_dist.data.sources import TextSource, cache_root, find_splits
 from lora_dist.data.text import processes_for
 from lora_dist.data.tokenise import token_dtype
 from lora_dist.data.windows import entry_key, new_entry, write_meta
@@ -230,7 +229,7 @@ def load_examples(
     Raises:
         UserError: for a source that is missing, empty or unreadable, a hub that cannot be reached, too many bad records.
     """
-    root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
+    root = cache_root(cache_dir)
     found: dict[str, Examples] = {}
     reports: dict[str, RecordsReport] = {}
     from_cache = True
@@ -258,7 +257,7 @@ def format_of(source: TextSource, cache_dir: str | Path | None = None) -> Format
     Raises:
         UserError: neither examples nor text; and as `load_examples`.
     """
-    root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
+    root = cache_root(cache_dir)
     found_splits = find_splits(source, ("train", "validation"), root / "hub", noun="records")
     columns = columns_of(next(iter(found_splits.values())))
     found = detect_format(columns, source.text_column)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from lora_dist.data.files import LocalSplit, directory_splits, files_split, names_files, require_contents
 from lora_dist.data.hub import HubSplit, hub_splits
 from lora_dist.log import UserError
@@ -60,3 +62,13 @@ def find_splits(
         if isinstance(split, LocalSplit):
             require_contents(split, noun)
     return chosen
+
+
+def cache_root(cache_dir: str | Path | None) -> Path:
+    """Where tokens and notes on hub revisions are kept: `cache_dir`, or `lora_dist/` in the Hugging Face cache."""
+    return Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
+
+
+def require_source(source: TextSource, cache_dir: str | Path | None, *, noun: str = "text") -> None:
+    """What `find_splits` would raise for the splits to train and evaluate on, before a model is loaded."""
+    find_splits(source, ("train", "validation"), cache_root(cache_dir) / "hub", noun=noun)

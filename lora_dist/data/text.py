@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
-from huggingface_hub import constants
 from transformers import PreTrainedTokenizerBase
 
 from lora_dist.data.files import LocalSplit
 from lora_dist.data.hub import HubSplit
 from lora_dist.data.sampler import stable_permutation
-from lora_dist.data.sources import TextSource, find_splits
+from lora_dist.data.sources import TextSource, cache_root, find_splits
 from lora_dist.data.tokenise import pieces, special_ids, token_chunks, token_dtype, tokenizer_digest
 from lora_dist.data.windows import Windows, entry_key, new_entry, open_entry, write_windows
 from lora_dist.log import UserError
@@ -83,7 +82,7 @@ def load_windows(
     packing = _Packing(
         tokenizer, tokenizer_digest(tokenizer), context_length, prefix, suffix, source.document_separator, num_proc
     )
-    root = Path(cache_dir).expanduser() if cache_dir is not None else Path(constants.HF_HOME) / "lora_dist"
+    root = cache_root(cache_dir)
     windows: dict[str, Windows] = {}
     from_cache = True
     for name, split in find_splits(source, splits, root / "hub").items():

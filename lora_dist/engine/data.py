@@ -15,7 +15,7 @@ from lora_dist.data.examples import ExampleSplits, format_of, load_examples
 from lora_dist.data.packing import PackedExamples
 from lora_dist.data.records import Format
 from lora_dist.data.rows import Rows
-from lora_dist.data.sources import TextSource
+from lora_dist.data.sources import TextSource, require_source
 from lora_dist.data.templates import load_template
 from lora_dist.data.text import hold_out, load_windows
 from lora_dist.engine.task import CausalTask, ClassTask, Task
@@ -78,9 +78,11 @@ def data_kind(config: RunConfig, world: World) -> Kind:
         UserError: data.format auto and rows of no known format, options that they do not go with, a template that is not there.
     """
     data, kind = config.data, config.data.format
-    if kind == "auto":
-        with world.main_first():
+    with world.main_first():
+        if kind == "auto":
             kind = format_of(_source(config), data.cache_dir)
+        else:
+            require_source(_source(config), data.cache_dir, noun="text" if kind == "text" else "records")
     if kind == "text":
         asked = {"data.packing": data.packing, "data.train_on_inputs": data.train_on_inputs}
         asked["train.group_by_length"] = config.train.group_by_length

@@ -87,3 +87,13 @@ def test_lost_checkpoints_and_steps_already_done_are_told(stopped, tiny_base, ti
         path.rename(stopped.parent / path.name)
     assert train(tiny_base, tiny_text, stopped, max_steps=2, resume_from_checkpoint="auto") == 0
     assert "has no checkpoint: starting from step 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind, key", [("text", "dataset_name"), ("alpaca", "dataset_name"), ("text", "validation_file")])
+def test_files_that_are_not_there_are_missed_before_a_model_is_loaded(tiny_base, tiny_text, tmp_path, kind, key, capsys):
+    changes = (
+        {"data__dataset_name": str(tmp_path / "gone.jsonl")} if key == "dataset_name" else {"data__validation_file": "gone.txt"}
+    )
+    with pytest.raises(UserError, match=rf"data\.{key}.*gone"):
+        train(tiny_base, tiny_text, tmp_path / "out", data__format=kind, **changes)
+    assert "Model loaded" not in capsys.readouterr().out
