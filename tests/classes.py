@@ -66,6 +66,25 @@ def encoder_base(folder: Path, kind: str = "bert", *, pruned: bool = True, head:
     return folder
 
 
+def taught_base(folder: Path) -> Path:
+    """An `encoder_base`, not pruned, trained to tell `sentences` apart, its classifier then turned round:
+    always wrong before training, and soon right."""
+    encoder_base(folder, head=True, pruned=False)
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), word_tokenizer()
+    optimizer, rows = torch.optim.AdamW(model.parameters(), lr=5e-3), sentences(512, seed=9)
+    for step in range(64):
+        batch = rows[step % 32 * 16 :][:16]
+        encoded = tokenizer([row["sentence"] for row in batch], padding=True, return_tensors="pt")
+        model(**encoded, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.classifier.weight.data.neg_()
+    model.classifier.bias.data.neg_()
+    model.save_pretrained(folder)
+    return folder
+
+
 def sentences(count: int, seed: int = 0) -> list[dict[str, Any]]:
     """Reviews of unlike lengths whose label, 0 or 1, is in one of their words."""
     generator = torch.Generator().manual_seed(seed)

@@ -50,6 +50,19 @@ class ProgressBar:
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk: a picture less
             self._bar.update()
 
+    def show(self, done: int, text: str) -> None:
+        """At so many, with `text` behind the bar."""
+        self._bar.bar_format = (
+            f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {text} [{{n_fmt}}/{{total_fmt}}, {{elapsed}}<{{remaining}}]"
+        )
+        with contextlib.suppress(OSError):
+            self._bar.update(done - self._bar.n)
+
+    def clear(self) -> None:
+        """Off the screen, until it moves again."""
+        with contextlib.suppress(OSError):
+            self._bar.clear()
+
     def close(self) -> None:
         if self._console.enabled:
             line = str(self._bar)
@@ -60,6 +73,9 @@ class ProgressBar:
 
 class Console:
     """Prints on rank 0, and appends the same lines to log files once there are some. `line` may be called from several threads."""
+
+    waits_for_best = False
+    """training goes on only when a new best adapter is on disk and told of"""
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None):
         self.enabled = enabled
@@ -205,6 +221,12 @@ class Console:
         self.line()
 
     # While training
+
+    def step_done(self, *, epoch: int, done: int, steps_per_epoch: int, loss: float, accuracy: float | None) -> None:
+        """After every step: means of its epoch (counted from 0) so far. Shown by `EpochConsole`."""
+
+    def epoch_done(self, *, train_loss: float, train_accuracy: float | None) -> None:
+        """Of a classifier, where an epoch or the run ends: its means. Shown by `EpochConsole`."""
 
     def expected_time(self, seconds: float) -> None:
         self.line(f"Expected training time: ~{clock(seconds)}")
