@@ -38,7 +38,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_max_length=64,
+        mask_token="[MASK]", model_max_length=64, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
 
@@ -52,9 +52,9 @@ def encoder_base(folder: Path, kind: str = "bert", *, pruned: bool = True, head:
     model = auto.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.3)
     if pruned:
-        generator, masks = torch.Generator().manual_seed(7), {}
+        generator, masks = torch.Generator().manual_seed(1), {}  # a seed that leaves a way from words to logits
         for linear in prunable_linears(model):
             shape = (linear.weight_OI.shape[0], linear.weight_OI.shape[1])
             mask = BlockMask(torch.rand(grid(shape, 16), generator=generator) > 0.5, shape, 16)
