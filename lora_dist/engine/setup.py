@@ -288,6 +288,11 @@ def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan)
     )
     base = opened.base
     console.model_loaded()
+    if base.labels_before is not None:
+        console.warning(
+            f"model.num_labels: the base has a head of {base.labels_before} labels, {base.model.config.num_labels} are asked for: it gets "
+            "a new one, drawn by train.seed"
+        )
     if base.config_from != args.name_or_path or base.tokenizer_from != args.name_or_path:
         console.note(f"config from {base.config_from}, tokenizer from {base.tokenizer_from}")
     return opened

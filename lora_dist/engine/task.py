@@ -74,7 +74,8 @@ class ClassTask:
 
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         assert batch.attention_mask_BL is not None and batch.targets_B is not None and batch.weights_B is not None
-        logits_BC = class_logits(module, batch.input_ids_BL.to(device), batch.attention_mask_BL.to(device))
+        types_BL = None if batch.token_types_BL is None else batch.token_types_BL.to(device)
+        logits_BC = class_logits(module, batch.input_ids_BL.to(device), batch.attention_mask_BL.to(device), types_BL)
         targets_B, weights_B = batch.targets_B.to(device), batch.weights_B.to(device)
         loss = (class_losses(logits_BC, targets_B) * weights_B).sum()
         if targets_B.is_floating_point():
