@@ -28,7 +28,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {"dataset": "glue", "subset": "sst2", "train_split": "train", "eval_split": "validation"},
 }
 TOP: dict[str, Any] = {"model_name": "bert-base-uncased", "num_labels": 2, "output_dir": "output"}
-COLUMNS = {"text_column": "text_column", "text_pair_column": "text_pair_column", "label_column": "label_column"}
+COLUMNS = ("text_column", "text_pair_column", "label_column", "column_names")
 KEYS = {
     ("lora", "rank"): "adapter.r",
     ("lora", "alpha"): "adapter.lora_alpha",
@@ -91,10 +91,6 @@ def to_options(argv: list[str]) -> list[str]:
         if getattr(flags, key, None) is not None:
             config[section][key] = getattr(flags, key)
     data = config["data"]
-    if data["train_split"] != "train" or data["eval_split"] not in ("validation", "validation_matched"):
-        raise UserError(
-            f"data.train_split, data.eval_split: found {data['train_split']} and {data['eval_split']}, expected train and validation"
-        )
     options = {
         "model.name_or_path": config["model_name"],
         "model.task_type": "SEQ_CLS",
@@ -107,10 +103,14 @@ def to_options(argv: list[str]) -> list[str]:
         "train.save_strategy": "epoch",
         "train.max_grad_norm": 1.0,
         **{option: config[section][key] for (section, key), option in KEYS.items()},
-        **{f"data.{name}": data[key] for key, name in COLUMNS.items() if key in data},
+        **{f"data.{key}": data[key] for key in COLUMNS if key in data},
     }
-    if data.get("subset") and data["dataset"] == "glue":
+    if data.get("subset") and (data["dataset"] == "glue" or data["subset"] != "sst2"):
         options["data.dataset_config_name"] = data["subset"]
+    if data["train_split"] != "train":
+        options["data.train_split"] = data["train_split"]
+    if data["eval_split"] != "validation":
+        options["data.validation_split"] = data["eval_split"]
     listed = [f"--{key}={value}" for key, value in options.items()]
     if flags.push_to_hub:
         listed.append("--train.push_to_hub=true")

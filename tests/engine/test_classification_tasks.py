@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_dist.adapter import merge_adapter
 from lora_dist.arguments import ClassifyArgs, ExportArgs, MergeArgs
+from lora_dist.cli.push import main as push
 from lora_dist.data.classification import GLUE, ClassEncoder
 from lora_dist.engine.classify import Classifier
 from lora_dist.engine.export import export
@@ -164,6 +165,7 @@ def test_a_base_of_another_number_of_labels_gets_a_new_head_and_says_so(base, tm
     assert "model.num_labels: found 2, but data.label_column label has the label 2, expected 3 classes or more" in said
 
 
+@pytest.mark.long
 def test_precision_and_checkpointing_change_a_classifier_by_rounding_only(base, tmp_path):
     _write(tmp_path / "data")
     options = {**COMMON, "data__text_column": "sentence1", "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
@@ -175,6 +177,19 @@ def test_precision_and_checkpointing_change_a_classifier_by_rounding_only(base, 
     assert found["half"] == pytest.approx(found["plain"], abs=0.02) and found["half"] != found["plain"]
 
 
+def test_a_classifiers_card_says_its_accuracy(base, tmp_path, capsys):
+    _write(tmp_path / "data")
+    options = {**COMMON, "data__text_column": "sentence1", "max_steps": 2, "load_best_model_at_end": False}
+    train(base, tmp_path / "data", tmp_path / "run", **options)
+    capsys.readouterr()
+    assert push([str(tmp_path / "run"), "--hub_model_id=lab/it", "--base_model=lab/base", "--dry_run"]) == 0
+    shown, final = capsys.readouterr().out, records(tmp_path / "run", "final")[0]
+    start = records(tmp_path / "run", "eval")[0]
+    assert f"| accuracy | {start['accuracy']:.4g} | {final['accuracy']:.4g} |" in shown
+    assert "text-classification" in shown and "labels.json" in shown and "AutoModelForSequenceClassification" in shown
+
+
+@pytest.mark.long
 def test_an_exported_classifier_of_pairs_answers_as_transformers(base, tmp_path):
     import onnxruntime
 

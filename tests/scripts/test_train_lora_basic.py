@@ -145,6 +145,16 @@ def test_flags_go_before_the_config_and_the_config_before_defaults(folder, monke
     assert (defaults["adapter.r"], defaults["train.learning_rate"]) == ("8", "0.0003")
 
 
+def test_subset_and_splits_of_the_config_are_passed_on(tmp_path):
+    data = {"subset": "mnli", "eval_split": "validation_mismatched", "train_split": "train_small"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"num_labels": 3, "data": data}))
+    found = train_lora_basic.to_options(["--config", str(tmp_path / "c.yaml")])
+    assert {
+        "--data.dataset_name=glue", "--data.dataset_config_name=mnli", "--data.validation_split=validation_mismatched",
+        "--data.train_split=train_small", "--model.num_labels=3",
+    } <= set(found)  # fmt: skip
+
+
 def test_unknown_keys_and_contradictions_are_named_together(folder, tmp_path):
     (tmp_path / "c.yaml").write_text("modle_name: x\nlora: {rnak: 3}\n")
     with pytest.raises(UserError) as caught:
