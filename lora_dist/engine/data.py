@@ -234,7 +234,7 @@ def _classes(config: RunConfig, world: World, console: Console, base: LoadedBase
         evaluation = evaluation.take(data.max_eval_samples)
     training = training.weighted(_class_weights(train.class_weights, training, model.num_labels))
     _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
-    _tell_records(console, data.block_size, loaded)
+    _tell_records(console, data.block_size, loaded, answers=False)
     metrics = (
         subset.metrics
         if regression == ("pearson" in subset.metrics)
@@ -279,7 +279,7 @@ def _tell_loaded(config: RunConfig, console: Console, train: int, evaluation: in
     )
 
 
-def _tell_records(console: Console, max_length: int, loaded: ExampleSplits) -> None:
+def _tell_records(console: Console, max_length: int, loaded: ExampleSplits, *, answers: bool = True) -> None:
     for split, report in loaded.reports.items():
         console.records(
             split if len(loaded.reports) > 1 else None,
@@ -288,5 +288,5 @@ def _tell_records(console: Console, max_length: int, loaded: ExampleSplits) -> N
             first_bad=report.first_bad(),
             truncated=report.truncated,
             max_length=max_length,
-            lost_share=report.lost_share,
+            lost_share=report.lost_share if answers else None,
         )

@@ -185,17 +185,21 @@ class Console:
         self.line(f"  - Format: {kind}{' (by the columns)' if by_columns else ''}{named}, {learnt}")
 
     def records(
-        self, split: str | None, *, records: int, bad: int, first_bad: str, truncated: int, max_length: int, lost_share: float
-    ) -> None:
-        """What became of the records of a split, where there is anything to say; `split`: None where there is only one."""
+        self, split: str | None, *, records: int, bad: int, first_bad: str, truncated: int, max_length: int,
+        lost_share: float | None,
+    ) -> None:  # fmt: skip
+        """What became of the records of a split, where there is anything to say.
+
+        Args:
+            split: None where there is only one.
+            lost_share: of the answers of truncated examples; None: they have no answers.
+        """
         where = f" ({split})" if split is not None else ""
         if bad:
             self.line(f"  - Bad records{where}: {bad:,} of {records:,} left out ({first_bad})")
         if truncated:
-            self.line(
-                f"  - Truncated{where}: {truncated:,} of {records - bad:,} examples at {max_length} tokens "
-                f"(answers lost {lost_share:.0%} of their tokens)"
-            )
+            lost = "" if lost_share is None else f" (answers lost {lost_share:.0%} of their tokens)"
+            self.line(f"  - Truncated{where}: {truncated:,} of {records - bad:,} examples at {max_length} tokens{lost}")
 
     def packed(self, *, examples: int, rows: int, capacity: int, fill: float) -> None:
         self.line(f"  - Packed: {examples:,} examples in {rows:,} rows of {capacity:,} tokens, {fill:.1%} filled")

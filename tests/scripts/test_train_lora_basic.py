@@ -88,6 +88,7 @@ def test_a_run_is_told_by_epochs_while_it_goes_on_and_resumed_ones_too(folder, t
     assert losses(cut) == losses(whole) and records(cut, "epoch") == records(whole, "epoch")
 
 
+@pytest.mark.long
 def test_a_run_stopped_within_an_epoch_tells_of_the_whole_epoch(folder, tmp_path, capfd):
     every = ("--train.save_strategy", "steps", "--train.save_steps", "4", "--num_epochs", "1")
     assert train_lora_basic.run(_options(folder, tmp_path / "whole", *every)) == 0
@@ -99,7 +100,12 @@ def test_a_run_stopped_within_an_epoch_tells_of_the_whole_epoch(folder, tmp_path
 
 
 def test_the_best_model_is_named_by_what_chooses_it(folder, tmp_path, capfd):
-    assert train_lora_basic.run(_options(folder, tmp_path / "out", "--train.metric_for_best_model", "eval_loss")) == 0
+    assert (
+        train_lora_basic.run(
+            _options(folder, tmp_path / "out", "--train.metric_for_best_model", "eval_loss", "--num_epochs", "2")
+        )
+        == 0
+    )
     best = min(records(tmp_path / "out", "eval"), key=lambda r: r["eval_loss"])
     told = [line for line in _told(capfd.readouterr().out) if "💾" in line]
     assert told[-1] == f"  💾 Best model saved! (eval_loss: {best['eval_loss']:.4f})"
