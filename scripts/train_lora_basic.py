@@ -149,8 +149,9 @@ def run(argv: list[str]) -> int:
         if code != 0 or not world.is_main:
             return code
     folder = Path(config.train.output_dir)
+    data = " ".join(filter(None, (config.data.dataset_name, config.data.dataset_config_name)))
     measure = best[0] if best[0] != "eval_loss" else "pearson" if config.model.num_labels == 1 else "accuracy"
-    draw_curves(folder / METRICS, folder / "training_curves.png", measure=measure, title=config.model.name_or_path)
+    draw_curves(folder / METRICS, folder / "training_curves.png", measure=measure, title=f"{config.model.name_or_path} on {data}")
     export_files(folder)
     shutil.copyfile(folder / "train.log", folder / "training_log.txt")
     return 0
