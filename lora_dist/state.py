@@ -79,6 +79,16 @@ class TrainState:
     """rows classified rightly since the last logged step"""
     rows_window: int = 0
     """of so many"""
+    tally_epoch: int = -1
+    """the epoch, counted from 0, that the next five are sums over (`engine/tally.py`); -1: none yet"""
+    tally_steps: int = 0
+    tally_loss: float = 0.0
+    """of the steps' mean losses, each times what it was divided by"""
+    tally_counts: float = 0.0
+    """what these were divided by"""
+    tally_correct: int = 0
+    tally_rows: int = 0
+    """rows that were, or were not, classified rightly"""
     extra: dict[str, Any] = field(default_factory=dict)
     """room for later versions"""
 

@@ -3,7 +3,7 @@
 
     python scripts/make_sentences.py OUT        # OUT/train.tsv, OUT/dev.tsv, OUT/encoder
 
-The task: four words in a row, lower case, without punctuation: from a children's story (label 1, TinyStories) or from Wikipedia (label 0,
+The task: ten words in a row, lower case, without punctuation: from a children's story (label 1, TinyStories) or from Wikipedia (label 0,
 WikiText-2)? Read from the folder that LORA_DIST_DATA names at run time; the dev split comes from other stories and articles. The encoder
 learns to fill in masked words of the training split (no labels), a minute or two on one core.
 """
@@ -21,7 +21,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-WORDS, VOCABULARY, WIDTH = 4, 4000, 64
+WORDS, VOCABULARY, WIDTH = 10, 4000, 64
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -70,7 +70,7 @@ def word_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
-        model_max_length=128,
+        model_max_length=128, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
 

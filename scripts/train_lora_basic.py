@@ -9,7 +9,6 @@ weights_only=True), training_curves.png and training_log.txt.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "data": {"dataset": "glue", "subset": "sst2", "train_split": "train", "eval_split": "validation"},
 }
 TOP: dict[str, Any] = {"model_name": "bert-base-uncased", "num_labels": 2, "output_dir": "output"}
-COLUMNS = {"text_column": "text_column", "text_pair_column": "text_pair_column", "label_column": "label_column"}
+COLUMNS = ("text_column", "text_pair_column", "label_column", "column_names")
 KEYS = {
     ("lora", "rank"): "adapter.r",
     ("lora", "alpha"): "adapter.lora_alpha",
@@ -92,10 +91,6 @@ def to_options(argv: list[str]) -> list[str]:
         if getattr(flags, key, None) is not None:
             config[section][key] = getattr(flags, key)
     data = config["data"]
-    if data["train_split"] != "train" or data["eval_split"] not in ("validation", "validation_matched"):
-        raise UserError(
-            f"data.train_split, data.eval_split: found {data['train_split']} and {data['eval_split']}, expected train and validation"
-        )
     options = {
         "model.name_or_path": config["model_name"],
         "model.task_type": "SEQ_CLS",
@@ -108,10 +103,14 @@ def to_options(argv: list[str]) -> list[str]:
         "train.save_strategy": "epoch",
         "train.max_grad_norm": 1.0,
         **{option: config[section][key] for (section, key), option in KEYS.items()},
-        **{f"data.{name}": data[key] for key, name in COLUMNS.items() if key in data},
+        **{f"data.{key}": data[key] for key in COLUMNS if key in data},
     }
-    if data.get("subset") and data["dataset"] == "glue":
+    if data.get("subset") and (data["dataset"] == "glue" or data["subset"] != "sst2"):
         options["data.dataset_config_name"] = data["subset"]
+    if data["train_split"] != "train":
+        options["data.train_split"] = data["train_split"]
+    if data["eval_split"] != "validation":
+        options["data.validation_split"] = data["eval_split"]
     listed = [f"--{key}={value}" for key, value in options.items()]
     if flags.push_to_hub:
         listed.append("--train.push_to_hub=true")
@@ -120,66 +119,6 @@ def to_options(argv: list[str]) -> list[str]:
     if flags.hub_private:
         listed.append("--train.hub_private=true")
     return listed + extra
-
-
-def epochs(records: list[dict[str, Any]], total: int) -> list[dict[str, float]]:
-    """Mean training loss and accuracy of each epoch, and what it was evaluated to."""
-    found = []
-    for number in range(1, total + 1):
-        steps = [r for r in records if r["event"] == "train" and number - 1 < r["epoch"] <= number]
-        evaluated = [r for r in records if r["event"] == "eval" and r["step"] > 0 and number - 1 < r["epoch"] <= number]
-        if steps and evaluated:
-            means = {key: sum(r[key] for r in steps) / len(steps) for key in ("loss", "accuracy") if key in steps[0]}
-            last = {key: evaluated[-1][key] for key in ("eval_loss", "accuracy", "pearson") if key in evaluated[-1]}
-            found.append(
-                {
-                    **{f"train_{key}": value for key, value in means.items()},
-                    **{f"eval_{k.removeprefix('eval_')}": v for k, v in last.items()},
-                }
-            )
-    return found
-
-
-def tell(rows: list[dict[str, float]]) -> None:
-    """The guide's lines, an epoch after the other."""
-    best = None
-    for number, row in enumerate(rows, start=1):
-        print(f"📝 Epoch {number}/{len(rows)}")
-        print(
-            f"  Train Loss: {row['train_loss']:.4f}"
-            + (f" | Train Acc: {row['train_accuracy']:.4f}" if "train_accuracy" in row else "")
-        )
-        score = row.get("eval_accuracy", row.get("eval_pearson"))
-        print(
-            f"  Eval Loss:  {row['eval_loss']:.4f}"
-            + (f" | Eval Acc:  {row['eval_accuracy']:.4f}" if "eval_accuracy" in row else "")
-        )
-        if score is not None and (best is None or score > best):
-            best = score
-            print(f"  💾 Best model saved! (eval_acc: {score:.4f})")
-
-
-def draw(rows: list[dict[str, float]], file: Path) -> None:
-    """Loss left, accuracy right (of a number to predict: Pearson's correlation)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    score = "accuracy" if "eval_accuracy" in rows[0] else "pearson"
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    for axis, key, title in zip(axes, ("loss", score), ("Loss", score.capitalize()), strict=True):
-        for kind, mark in (("train", "o-"), ("eval", "s-")):
-            if f"{kind}_{key}" in rows[0]:
-                axis.plot(range(1, len(rows) + 1), [row[f"{kind}_{key}"] for row in rows], mark, label=kind)
-        axis.set_title(title)
-        axis.set_xlabel("Epoch")
-        axis.set_xticks(range(1, len(rows) + 1))
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(file, dpi=120)
-    pyplot.close(figure)
 
 
 def export_files(folder: Path) -> None:
@@ -195,35 +134,24 @@ def export_files(folder: Path) -> None:
         torch.save({"lora_state_dict": tensors}, folder / f"{name}.pt")
 
 
-def statistics(parts: Any) -> None:
-    """The true counts: a head that is trained counts once, its frozen original not at all."""
-    if not parts.world.is_main:
-        return
-    shapes = parts.strategy.shapes
-    trainable = sum(shape.numel() for shape in shapes.values())
-    base = sum(p.numel() for name, p in parts.model.named_parameters() if name not in shapes and ".original_module." not in name)
-    print("📊 Parameter Statistics:")
-    print(f"  Total parameters:     {base + trainable:>17,}")
-    print(f"  Trainable parameters: {trainable:>17,}")
-    print(f"  Frozen parameters:    {base:>17,}")
-    print(f"  Trainable percentage: {100 * trainable / (base + trainable):>16.2f}%")
-
-
 def run(argv: list[str]) -> int:
     """Train, then write what the guide's readers look for."""
     config = parse(RunConfig, to_options(argv), train_verb.VERB)
+    from lora_dist.engine.folder import METRICS
     from lora_dist.engine.train import train
+    from lora_dist.monitor.curves import draw_curves
+    from lora_dist.monitor.epochs import EpochConsole
 
+    best: list[str] = []
     with train_verb.joined(config) as world:
-        code = train(config, world, look=statistics, argv=argv)
+        console = EpochConsole(enabled=world.is_main)
+        code = train(config, world, look=lambda parts: best.append(parts.task.best), argv=argv, console=console)
         if code != 0 or not world.is_main:
             return code
     folder = Path(config.train.output_dir)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    rows = epochs(records, max(1, round(config.train.num_train_epochs)))
-    if rows:
-        tell(rows)
-        draw(rows, folder / "training_curves.png")
+    data = " ".join(filter(None, (config.data.dataset_name, config.data.dataset_config_name)))
+    measure = best[0] if best[0] != "eval_loss" else "pearson" if config.model.num_labels == 1 else "accuracy"
+    draw_curves(folder / METRICS, folder / "training_curves.png", measure=measure, title=f"{config.model.name_or_path} on {data}")
     export_files(folder)
     shutil.copyfile(folder / "train.log", folder / "training_log.txt")
     return 0

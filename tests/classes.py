@@ -38,7 +38,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_max_length=64,
+        mask_token="[MASK]", model_max_length=64, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
 
 
@@ -52,9 +52,9 @@ def encoder_base(folder: Path, kind: str = "bert", *, pruned: bool = True, head:
     model = auto.from_config(config).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+            torch.nn.init.normal_(parameter, std=0.3)
     if pruned:
-        generator, masks = torch.Generator().manual_seed(7), {}
+        generator, masks = torch.Generator().manual_seed(1), {}  # a seed that leaves a way from words to logits
         for linear in prunable_linears(model):
             shape = (linear.weight_OI.shape[0], linear.weight_OI.shape[1])
             mask = BlockMask(torch.rand(grid(shape, 16), generator=generator) > 0.5, shape, 16)
@@ -63,6 +63,25 @@ def encoder_base(folder: Path, kind: str = "bert", *, pruned: bool = True, head:
         Pattern(masks).save(folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def taught_base(folder: Path) -> Path:
+    """An `encoder_base`, not pruned, trained to tell `sentences` apart, its classifier then turned round:
+    always wrong before training, and soon right."""
+    encoder_base(folder, head=True, pruned=False)
+    torch.manual_seed(0)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), word_tokenizer()
+    optimizer, rows = torch.optim.AdamW(model.parameters(), lr=5e-3), sentences(512, seed=9)
+    for step in range(64):
+        batch = rows[step % 32 * 16 :][:16]
+        encoded = tokenizer([row["sentence"] for row in batch], padding=True, return_tensors="pt")
+        model(**encoded, labels=torch.tensor([row["label"] for row in batch])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.classifier.weight.data.neg_()
+    model.classifier.bias.data.neg_()
+    model.save_pretrained(folder)
     return folder
 
 

@@ -30,6 +30,7 @@ from lora_dist.adapter.layer import BlockLoraLinear
 from lora_dist.adapter.product import masked_delta, masked_product
 from lora_dist.adapter.updates import (
     bias_update,
+    count_parameters,
     is_adapter_parameter,
     layer_update,
     lora_layers,
@@ -57,6 +58,7 @@ __all__ = [
     "adapter_type",
     "attach_adapter",
     "bias_update",
+    "count_parameters",
     "describe",
     "is_adapter_parameter",
     "is_masked",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
@@ -19,6 +20,13 @@ from lora_dist.blocks import Pattern
 def is_adapter_parameter(name: str) -> bool:
     """Whether a parameter or buffer belongs to an adapter and not to the base."""
     return any(part in name for part in (".lora_", ".ia3_", ".ranknum."))
+
+
+def count_parameters(model: PeftModel) -> tuple[int, int]:
+    """(trained, all), what is trained whole counted once: PEFT keeps the frozen original beside it."""
+    trained, total = model.get_nb_trainable_parameters()
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    return trained, total - sum(p.numel() for wrapper in wrappers for p in wrapper.original_module.parameters())
 
 
 def update_outside_mask(updates: Iterable[tuple[str, Tensor]], pattern: Pattern) -> float:

@@ -21,6 +21,12 @@ class DataArgs:
     """Local files to evaluate on, where the data set has no validation split of its own."""
     text_column: str = "text"
     """Column that holds the text in JSON, CSV and parquet; classification, where it is not set: the GLUE subset's, else sentence."""
+    column_names: str | None = None
+    """Examples in .csv and .tsv files without a header: names of their columns, comma-separated, such as source,label,mark,sentence."""
+    train_split: str = "train"
+    """Examples of a hub data set or directory: name of the split to train on."""
+    validation_split: str | None = None
+    """Likewise of the split to evaluate on; default: validation (of GLUE's mnli validation_matched)."""
     text_pair_column: str | None = None
     """classification: column of the second text; default: the GLUE subset's, else none."""
     label_column: str | None = None
@@ -74,6 +80,13 @@ class DataArgs:
         for key in ("text_pair_column", "label_column"):
             if getattr(self, key) is not None and self.format != "classification":
                 yield f"data.{key}: found with data.format {self.format}, expected classification"
+        if self.format == "text":
+            for key, default in (("column_names", None), ("train_split", "train"), ("validation_split", None)):
+                if getattr(self, key) != default:
+                    yield f"data.{key}: found {getattr(self, key)} with data.format text, expected a format of examples"
+        names = [name.strip() for name in (self.column_names or "a").split(",")]
+        if not all(names) or len(set(names)) < len(names):
+            yield f"data.column_names: found {self.column_names}, expected names that differ, separated by commas"
         if self.format == "classification" and (self.packing or self.train_on_inputs):
             yield "data.packing, data.train_on_inputs: found true with data.format classification, expected neither"
         for key in ("packing", "train_on_inputs"):

@@ -14,13 +14,14 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_dist.data.examples import Examples, ExampleSplits
+from lora_dist.data.files import is_local
 from lora_dist.data.records import BadRecordError, unpacked
 from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch
 from lora_dist.data.tokenise import tokenizer_digest
@@ -38,6 +39,8 @@ class Subset:
     """names in the order of their numbers; none for a number to predict"""
     metrics: tuple[str, ...] = ("accuracy",)
     """the first chooses the best model"""
+    validation: str = "validation"
+    """split to evaluate on"""
 
 
 _ENTAILMENT = ("entailment", "not_entailment")
@@ -47,12 +50,13 @@ GLUE = {
     "mrpc": Subset("sentence1", "sentence2", labels=("not_equivalent", "equivalent"), metrics=("f1", "accuracy")),
     "qqp": Subset("question1", "question2", labels=("not_duplicate", "duplicate"), metrics=("f1", "accuracy")),
     "stsb": Subset("sentence1", "sentence2", metrics=("pearson", "spearmanr")),
-    "mnli": Subset("premise", "hypothesis", labels=("entailment", "neutral", "contradiction")),
+    "mnli": Subset("premise", "hypothesis", labels=("entailment", "neutral", "contradiction"), validation="validation_matched"),
     "qnli": Subset("question", "sentence", labels=_ENTAILMENT),
     "rte": Subset("sentence1", "sentence2", labels=_ENTAILMENT),
     "wnli": Subset("sentence1", "sentence2", labels=("not_entailment", "entailment")),
 }
-"""of the hub's `glue`"""
+"""of the hub's `glue`; files of one's own may be given as one, too"""
+HUB_NAMES = ("glue", "nyu-mll/glue")
 
 
 def subset_of(
@@ -66,7 +70,7 @@ def subset_of(
     binary: bool,
 ) -> Subset:
     """GLUE's own columns, or the ones that are named; `regression`: a number is predicted where the table does not say."""
-    known = GLUE.get(config_name or "") if dataset_name in ("glue", "nyu-mll/glue") else None
+    known = GLUE.get(config_name or "") if dataset_name in HUB_NAMES or is_local(dataset_name) else None
     if known is not None:
         return dataclasses.replace(known, text=text or known.text, pair=pair or known.pair, label=label or known.label)
     metrics = ("pearson", "spearmanr") if regression else ("accuracy", "f1") if binary else ("accuracy",)
@@ -81,6 +85,8 @@ class ClassEncoder:
     max_length: int
     subset: Subset
     regression: bool
+    token_types: bool = False
+    """the model is told which text of a pair a token is from"""
 
     kind = "classification"
 
@@ -98,6 +104,7 @@ class ClassEncoder:
             "columns": list(self.columns),
             "pair": self.subset.pair is not None,
             "regression": self.regression,
+            **({"token_types": True} if self.token_types else {}),
         }
 
     def encode_batch(self, batch: Mapping[str, list]) -> dict[str, list]:
@@ -114,15 +121,15 @@ class ClassEncoder:
             except BadRecordError as error:
                 targets.append("")
                 bad.append(str(error))
-        encoded = iter(encode_texts(self.tokenizer, texts, self.max_length))
-        nothing = np.empty(0, np.int64)
-        ids = [nothing if reason is not None else next(encoded) for reason in bad]
+        encoded = iter(encode_texts(self.tokenizer, texts, self.max_length, token_types=self.token_types))
+        nothing = EncodedText(np.empty(0, np.int64), np.empty(0, np.uint8), False)
+        rows = [nothing if reason is not None else next(encoded) for reason in bad]
         return {
-            "input_ids": [each[: self.max_length] for each in ids],
-            "labels": [np.zeros(min(len(each), self.max_length), np.uint8) for each in ids],
-            "lost": [0 for _ in ids],
-            "answer_tokens": [0 for _ in ids],
-            "truncated": [len(each) > self.max_length for each in ids],
+            "input_ids": [row.ids for row in rows],
+            "labels": [row.types for row in rows],  # the cache's byte a token, where examples keep whether it is a label
+            "lost": [0 for _ in rows],
+            "answer_tokens": [0 for _ in rows],
+            "truncated": [row.truncated for row in rows],
             "bad": bad,
             "target": targets,
         }
@@ -154,19 +161,32 @@ class ClassEncoder:
         return text
 
 
+class EncodedText(NamedTuple):
+    """A text, or a pair, with the tokenizer's own special tokens."""
+
+    ids: np.ndarray
+    """(L,), int64"""
+    types: np.ndarray
+    """(L,), uint8: 1 for tokens of the second text of a pair, where that is asked for"""
+    truncated: bool
+    """tokens were cut off, of a pair those of the longer text first"""
+
+
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str | None]], max_length: int
-) -> list[np.ndarray]:
-    """Token ids with the tokenizer's own special tokens; what is too long gives max_length + 1 ids, whose first ones are the cut text."""
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, str | None]], max_length: int, *, token_types: bool = False
+) -> list[EncodedText]:
+    """In order. A tokenizer that cannot leave a token of each text raises ValueError."""
+    asked: dict[str, Any] = {"return_attention_mask": False, "return_token_type_ids": token_types, "verbose": False}
     found = []
     for first, second in texts:
         pair = (first,) if second is None else (first, second)
-        whole = tokenizer(*pair, return_attention_mask=False, verbose=False)["input_ids"]
-        if len(whole) <= max_length:
-            found.append(np.array(whole, np.int64))
-            continue
-        cut = tokenizer(*pair, truncation=True, max_length=max_length, return_attention_mask=False, verbose=False)["input_ids"]
-        found.append(np.array([*cut, 0], np.int64))
+        encoded = tokenizer(*pair, **asked)
+        truncated = len(encoded["input_ids"]) > max_length
+        if truncated:
+            encoded = tokenizer(*pair, truncation=True, max_length=max_length, **asked)
+        ids = np.array(encoded["input_ids"], np.int64)
+        types = np.array(encoded["token_type_ids"], np.uint8) if token_types else np.zeros(len(ids), np.uint8)
+        found.append(EncodedText(ids, types, truncated))
     return found
 
 
@@ -238,10 +258,20 @@ class ClassRows:
     Args:
         targets_N: label numbers (int64) or numbers to predict (float32), by example.
         weights_N: what each counts in the loss.
+        pad: token id that rows are filled up with.
+        token_types: batches say which text of a pair a token is from.
     """
 
-    def __init__(self, examples: Examples, targets_N: np.ndarray, weights_N: np.ndarray | None = None, pad: int = 0):
-        self._examples, self.targets_N, self._pad = examples, targets_N, pad
+    def __init__(
+        self,
+        examples: Examples,
+        targets_N: np.ndarray,
+        weights_N: np.ndarray | None = None,
+        *,
+        pad: int = 0,
+        token_types: bool = False,
+    ):
+        self._examples, self.targets_N, self._pad, self._token_types = examples, targets_N, pad, token_types
         self._weights_N = np.ones(len(targets_N), np.float32) if weights_N is None else weights_N
 
     def __len__(self) -> int:
@@ -264,11 +294,14 @@ class ClassRows:
         """The same, each counting as its class does; None: as it is."""
         if weights is None:
             return self
-        return ClassRows(self._examples, self.targets_N, np.asarray(weights, np.float32)[self.targets_N], self._pad)
+        return self._like(self._examples, self.targets_N, np.asarray(weights, np.float32)[self.targets_N])
 
     def subset(self, rows: np.ndarray) -> ClassRows:
         """The examples at these positions, in this order."""
-        return ClassRows(self._examples.subset(rows), self.targets_N[rows], self._weights_N[rows], self._pad)
+        return self._like(self._examples.subset(rows), self.targets_N[rows], self._weights_N[rows])
+
+    def _like(self, examples: Examples, targets_N: np.ndarray, weights_N: np.ndarray) -> ClassRows:
+        return ClassRows(examples, targets_N, weights_N, pad=self._pad, token_types=self._token_types)
 
     def take(self, n: int) -> ClassRows:
         """The first n examples, or all if there are fewer."""
@@ -289,7 +322,8 @@ class ClassRows:
         targets_B = torch.from_numpy(np.where(real, self.targets_N[np.maximum(numbers, 0)], 0).astype(self.targets_N.dtype))
         weights_B = torch.from_numpy(np.where(real, self._weights_N[np.maximum(numbers, 0)], 0).astype(np.float32))
         labels_BL = torch.full_like(ids_BL, IGNORE_LABEL)
-        return RowBatch(ids_BL, labels_BL, None, read.tokens, mask_BL, targets_B, weights_B)
+        types_BL = (read.labels_BL != IGNORE_LABEL).long() if self._token_types else None
+        return RowBatch(ids_BL, labels_BL, None, read.tokens, mask_BL, targets_B, weights_B, types_BL)
 
 
 def class_rows(
@@ -300,9 +334,10 @@ def class_rows(
     Raises:
         UserError: labels that do not fit the head, or that the training data does not have.
     """
+    form: Any = {"pad": pad, "token_types": encoder.token_types}
     if encoder.regression:
         return {
-            name: ClassRows(examples, loaded.target_numbers[name].astype(np.float32), None, pad)
+            name: ClassRows(examples, loaded.target_numbers[name].astype(np.float32), **form)
             for name, examples in loaded.splits.items()
         }, None
     first = next(iter(loaded.splits))
@@ -316,7 +351,7 @@ def class_rows(
                 f"data.label_column: the {name} split has a label that is none of {', '.join(labels.names)} ({error}), expected the "
                 f"labels of the {first} split"
             ) from None
-        rows[name] = ClassRows(examples, numbers[loaded.target_numbers[name].astype(np.int64)], None, pad)
+        rows[name] = ClassRows(examples, numbers[loaded.target_numbers[name].astype(np.int64)], **form)
     return rows, labels
 
 

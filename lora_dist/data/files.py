@@ -32,10 +32,12 @@ class LocalSplit:
     column: str
     option: str
     """what the user set to get these files, for messages"""
+    names: tuple[str, ...] = ()
+    """of the columns of CSV and TSV files without a header"""
 
     def content_key(self) -> Any:
         """JSON values that change with the content of the files and with nothing else; where they lie does not matter."""
-        return [[_builder_of(path), _file_digest(path)] for path in self.files]
+        return [[_builder_of(path), _file_digest(path), *self.names] for path in self.files]
 
     def parts(self, scratch: Path) -> Iterator[Path | datasets.Dataset]:
         """Every `.txt` file by itself, and every run of files of another format as one table with the one column `text`.
@@ -71,6 +73,11 @@ def names_files(name: str) -> bool:
     """Whether a name that is no directory means local files: the hub has no commas, no such endings and one slash at most."""
     looks_local = name.startswith(("/", ".", "~")) or name.count("/") > 1
     return "," in name or looks_local or _extension(Path(name)) in _BUILDERS
+
+
+def is_local(name: str) -> bool:
+    """Whether a data set's name is that of a directory or of files."""
+    return Path(name).expanduser().exists() or names_files(name)
 
 
 def _extension(path: Path) -> str:

@@ -27,7 +27,7 @@ from lora_dist.data.windows import entry_key
 from lora_dist.log import UserError, logger
 
 _PROBE_TIMEOUT_S = 10.0
-_NAMES = {"wikitext": "Salesforce/wikitext", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}
+_NAMES = {"wikitext": "Salesforce/wikitext", "glue": "nyu-mll/glue", "c4": "allenai/c4", "ptb": "ptb-text-only/ptb_text_only"}
 _CONFIGS = {"Salesforce/wikitext": "wikitext-2-raw-v1"}
 # The whole of C4 is 300 GB; Wanda and its followers read the first English shard of each split.
 _C4 = "allenai/c4"

@@ -49,6 +49,8 @@ class MicroBatch:
     """these three of classified rows, as in `RowBatch`"""
     counts: float = 0
     """what these rows count in the step's loss"""
+    token_types_BL: torch.Tensor | None = None
+    """of pairs, as in `RowBatch`"""
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,18 @@ class StepLoader:
             assert ids_BL is not None and labels_BL is not None
             dropout_seed = stable_seed("dropout", self._seed, step.epoch, first)
             micro_batches.append(
-                MicroBatch(ids_BL, labels_BL, dropout_seed, tuple(rows_B), positions_BL, mask_BL, targets_B, weights_B, counts)
+                MicroBatch(
+                    ids_BL,
+                    labels_BL,
+                    dropout_seed,
+                    tuple(rows_B),
+                    positions_BL,
+                    mask_BL,
+                    targets_B,
+                    weights_B,
+                    counts,
+                    self._pinned(rows.token_types_BL),
+                )
             )
         return StepBatch(
             micro_batches,

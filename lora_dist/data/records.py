@@ -17,6 +17,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +77,7 @@ def record_tables(split: LocalSplit | HubSplit, scratch: Path) -> Iterator[datas
                 _raw_rows,
                 features=datasets.Features({_RAW: datasets.Value("large_string")}),
                 cache_dir=str(folder),
-                gen_kwargs={"path": path, "option": split.option},
+                gen_kwargs={"path": path, "option": split.option, "names": split.names},
                 fingerprint=hashlib.sha256(str(path).encode()).hexdigest()[
                     :16
                 ],  # spares hashing the arguments; the folder is its own
@@ -103,7 +104,7 @@ def columns_of(split: LocalSplit | HubSplit) -> set[str]:
             return set(datasets.Dataset.from_parquet(str(first), streaming=True).column_names or ())
         except (DatasetGenerationError, ValueError, OSError) as error:
             raise _no_parquet(split.option, first, error) from error
-    probed = list(islice(_records(first, split.option), _PROBED))
+    probed = list(islice(_records(first, split.option, split.names), _PROBED))
     found = {name for record in probed if isinstance(record, dict) for name in record}
     if not probed:
         raise _no_record(split.option, first)
@@ -138,9 +139,9 @@ def _no_record(option: str, path: Path) -> UserError:
     return UserError(f"{option}: {path} holds no record, expected one at least")
 
 
-def _raw_rows(path: Path, option: str) -> Iterator[dict[str, str]]:
+def _raw_rows(path: Path, option: str, names: tuple[str, ...]) -> Iterator[dict[str, str]]:
     empty = True
-    for record in _records(path, option):
+    for record in _records(path, option, names):
         empty = False
         try:
             yield {_RAW: json.dumps(record)}
@@ -150,11 +151,17 @@ def _raw_rows(path: Path, option: str) -> Iterator[dict[str, str]]:
         raise _no_record(option, path)
 
 
-def _records(path: Path, option: str) -> Iterator[Any]:
-    """What the records of a JSON or CSV file parse to; a line that does not parse gives a text, which is no record."""
+def _records(path: Path, option: str, names: tuple[str, ...] = ()) -> Iterator[Any]:
+    """What the records of a JSON or CSV file parse to; a line that does not parse gives a text, which is no record.
+
+    Args:
+        names: of the columns of a CSV or TSV file without a header.
+    """
     opened: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
     name = path.name.lower()
-    read = _csv_records if ".csv" in name else _tsv_records if ".tsv" in name else _json_records
+    if names and not (".csv" in name or ".tsv" in name):
+        raise UserError(f"data.column_names: found with {path}, expected .csv or .tsv files")
+    read = partial(_csv_records, names=names, tabs=".tsv" in name) if ".csv" in name or ".tsv" in name else _json_records
     if ".txt" in path.suffixes:
         raise UserError(
             f"{option}: {path} is running text, expected records in .json, .jsonl, .csv or .parquet (or data.format text)"
@@ -198,13 +205,10 @@ def _parsed(line: str) -> Any:
         return line.strip()[:_PROBED]
 
 
-def _csv_records(file: Any) -> Iterator[Any]:
-    return _rows(csv.DictReader(file, restkey=""))
-
-
-def _tsv_records(file: Any) -> Iterator[Any]:
-    """As GLUE's own files: quotation marks are text."""
-    return _rows(csv.DictReader(file, restkey="", delimiter="\t", quoting=csv.QUOTE_NONE))
+def _csv_records(file: Any, names: tuple[str, ...], tabs: bool) -> Iterator[Any]:
+    """Between tabs, as in GLUE's own files, quotation marks are text."""
+    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    return _rows(csv.DictReader(file, fieldnames=names or None, restkey="", **form))
 
 
 def _rows(rows: csv.DictReader) -> Iterator[Any]:

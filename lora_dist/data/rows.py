@@ -32,6 +32,8 @@ class RowBatch(NamedTuple):
     """of classified rows: label numbers (int64), or the numbers to predict (float32); such rows have no label tokens"""
     weights_B: Tensor | None = None
     """what each of these counts in the loss, float32; fillers 0"""
+    token_types_BL: Tensor | None = None
+    """of pairs: 0 for the first text, 1 for the second; None: the model is not told"""
 
     @property
     def counts(self) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
 
-from lora_dist.data.files import LocalSplit, directory_splits, files_split, names_files, require_contents
+from lora_dist.data.files import LocalSplit, directory_splits, files_split, is_local, require_contents
 from lora_dist.data.hub import HubSplit, hub_splits
 from lora_dist.log import UserError
 
@@ -27,6 +28,11 @@ class TextSource:
     """column of JSON, CSV, parquet and hub rows"""
     document_separator: str | None = None
     """splits running text into documents"""
+    column_names: tuple[str, ...] = ()
+    """of CSV and TSV files without a header"""
+    train_split: str = "train"
+    validation_split: str = "validation"
+    """what a hub data set or directory calls them"""
 
 
 def find_splits(
@@ -48,19 +54,26 @@ def find_splits(
     path = Path(source.dataset_name).expanduser()
     if path.is_dir():
         found.update(directory_splits(path, source.text_column))
-    elif path.is_file() or names_files(source.dataset_name):
+    elif is_local(source.dataset_name):
         found["train"] = files_split(source.dataset_name, source.text_column, "data.dataset_name")
     else:
         found.update(hub_splits(source.dataset_name, source.dataset_config_name, source.text_column, wanted, records))
+    for name, asked in (("train", source.train_split), ("validation", source.validation_split)):
+        if asked != name and asked not in found:
+            raise UserError(f"data.{name}_split: found {asked}, expected one of {source.dataset_name}: {', '.join(found)}")
+        if asked != name:
+            found[name] = found[asked]
     if source.validation_file is not None:
         found["validation"] = files_split(source.validation_file, source.text_column, "data.validation_file")
     chosen = {name: found[name] for name in wanted if name in found}
     if not chosen:
         names = ", ".join(found) or "none"
         raise UserError(f"data.dataset_name: {source.dataset_name} has the splits {names}, expected {' or '.join(wanted)}")
-    for split in chosen.values():
+    for name, split in chosen.items():
         if isinstance(split, LocalSplit):
             require_contents(split, noun)
+            if source.column_names:
+                chosen[name] = dataclasses.replace(split, names=source.column_names)
     return chosen
 
 

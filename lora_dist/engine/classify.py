@@ -12,6 +12,7 @@ from lora_dist.data.classification import encode_texts
 from lora_dist.engine.open_model import open_model
 from lora_dist.evaluation.classes import class_logits
 from lora_dist.log import UserError
+from lora_dist.models.heads import takes_token_types
 from lora_dist.parallel import World
 
 Text = tuple[str, str | None]
@@ -43,6 +44,7 @@ class Classifier:
             )
         self._model, self._tokenizer = opened.model, opened.base.tokenizer
         self._config = opened.base.model.config
+        self._token_types = takes_token_types(opened.base.model, self._tokenizer)
         context = getattr(self._config, "max_position_embeddings", None) or 512
         self.max_length = args.max_length or min(context, self._tokenizer.model_max_length)
 
@@ -52,16 +54,17 @@ class Classifier:
         found: list[Answer] = []
         pad = self._config.get_text_config().pad_token_id or 0
         for start in range(0, len(texts), self._args.batch_size):
-            rows = [
-                ids[: self.max_length]
-                for ids in encode_texts(self._tokenizer, texts[start : start + self._args.batch_size], self.max_length)
-            ]
-            shape = (len(rows), max(1, *map(len, rows)) if len(rows) > 1 else max(1, len(rows[0])))
-            ids_BL, mask_BL = torch.full(shape, pad, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-            for b, ids in enumerate(rows):
-                ids_BL[b, : len(ids)] = torch.from_numpy(ids)
-                mask_BL[b, : max(1, len(ids))] = 1
-            logits_BC = class_logits(self._model, ids_BL.to(self._world.device), mask_BL.to(self._world.device)).float().cpu()
+            chosen = texts[start : start + self._args.batch_size]
+            told = self._token_types and any(second is not None for _, second in chosen)
+            rows = encode_texts(self._tokenizer, chosen, self.max_length, token_types=told)
+            shape = (len(rows), max(1, *(len(row.ids) for row in rows), 1))
+            ids_BL, mask_BL, types_BL = (torch.full(shape, value, dtype=torch.int64) for value in (pad, 0, 0))
+            for b, row in enumerate(rows):
+                ids_BL[b, : len(row.ids)] = torch.from_numpy(row.ids)
+                types_BL[b, : len(row.ids)] = torch.from_numpy(row.types)
+                mask_BL[b, : max(1, len(row.ids))] = 1
+            ids_BL, mask_BL, types_BL = (values.to(self._world.device) for values in (ids_BL, mask_BL, types_BL))
+            logits_BC = class_logits(self._model, ids_BL, mask_BL, types_BL if told else None).float().cpu()
             found += [self._answer(logits_C) for logits_C in logits_BC]
         return found
 

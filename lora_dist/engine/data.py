@@ -12,6 +12,7 @@ from lora_dist.config import RunConfig, weights_of
 from lora_dist.data.classification import ClassEncoder, ClassRows, Subset, balanced_weights, class_rows, subset_of
 from lora_dist.data.encoding import make_encoder
 from lora_dist.data.examples import ExampleSplits, format_of, load_examples
+from lora_dist.data.files import is_local
 from lora_dist.data.packing import PackedExamples
 from lora_dist.data.records import Format
 from lora_dist.data.rows import Rows
@@ -20,14 +21,14 @@ from lora_dist.data.templates import load_template
 from lora_dist.data.text import hold_out, load_windows
 from lora_dist.engine.task import CausalTask, ClassTask, Task
 from lora_dist.log import UserError
-from lora_dist.models.heads import HeadSpec
+from lora_dist.models.heads import HeadSpec, takes_token_types
 from lora_dist.models.loading import LoadedBase
 from lora_dist.monitor.console import Console
 from lora_dist.parallel import World
 
 Kind = Format | Literal["text", "classification"]
 
-_SOURCE_KEYS = "data.dataset_name, data.dataset_config_name, data.validation_file"
+_SOURCE_KEYS = "data.dataset_name, data.dataset_config_name, data.validation_file, data.train_split, data.validation_split"
 _END_KEYS = "data.block_size, data.holdout_windows, train.eval_strategy, model.config_name"
 _TEXT_KEYS = f"data.format, {_SOURCE_KEYS}, data.text_column, data.document_separator, data.special_tokens, {_END_KEYS}"
 _EXAMPLE_KEYS = (
@@ -104,6 +105,9 @@ def _source(config: RunConfig) -> TextSource:
         validation_file=data.validation_file,
         text_column=data.text_column,
         document_separator=data.document_separator,
+        column_names=tuple(name.strip() for name in data.column_names.split(",")) if data.column_names else (),
+        train_split=data.train_split,
+        validation_split=data.validation_split or _validation_split(config),
     )
 
 
@@ -187,6 +191,14 @@ def subset_for(config: RunConfig) -> Subset:
     )
 
 
+def _validation_split(config: RunConfig) -> str:
+    """The subset's own, of a hub data set."""
+    data = config.data
+    if data.format != "classification" or is_local(data.dataset_name) or data.validation_file is not None:
+        return "validation"
+    return subset_for(config).validation
+
+
 def head_for(config: RunConfig) -> HeadSpec | None:
     """The head of a classifier; None for a causal language model."""
     if config.model.task_type != "SEQ_CLS":
@@ -200,7 +212,8 @@ def _classes(config: RunConfig, world: World, console: Console, base: LoadedBase
     data, train, model = config.data, config.train, base.model.config
     subset = subset_for(config)
     regression = model.num_labels == 1
-    encoder = ClassEncoder(base.tokenizer, data.block_size, subset, regression)
+    pairs = subset.pair is not None and takes_token_types(base.model, base.tokenizer)
+    encoder = ClassEncoder(base.tokenizer, data.block_size, subset, regression, token_types=pairs)
     with world.main_first():
         loaded = load_examples(
             source,
@@ -223,7 +236,7 @@ def _classes(config: RunConfig, world: World, console: Console, base: LoadedBase
         evaluation = evaluation.take(data.max_eval_samples)
     training = training.weighted(_class_weights(train.class_weights, training, model.num_labels))
     _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
-    _tell_records(console, data.block_size, loaded)
+    _tell_records(console, data.block_size, loaded, answers=False)
     metrics = (
         subset.metrics
         if regression == ("pearson" in subset.metrics)
@@ -268,7 +281,7 @@ def _tell_loaded(config: RunConfig, console: Console, train: int, evaluation: in
     )
 
 
-def _tell_records(console: Console, max_length: int, loaded: ExampleSplits) -> None:
+def _tell_records(console: Console, max_length: int, loaded: ExampleSplits, *, answers: bool = True) -> None:
     for split, report in loaded.reports.items():
         console.records(
             split if len(loaded.reports) > 1 else None,
@@ -277,5 +290,5 @@ def _tell_records(console: Console, max_length: int, loaded: ExampleSplits) -> N
             first_bad=report.first_bad(),
             truncated=report.truncated,
             max_length=max_length,
-            lost_share=report.lost_share,
+            lost_share=report.lost_share if answers else None,
         )

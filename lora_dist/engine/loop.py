@@ -23,6 +23,7 @@ from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import NonFiniteError, StepResult
 from lora_dist.engine.stop import TIME_LIMIT, Stop, Stopped, first_reason
+from lora_dist.engine.tally import Tally
 from lora_dist.engine.task import figures_of
 from lora_dist.engine.watch import STACKS, Watch
 from lora_dist.evaluation.perplexity import EvalResult
@@ -59,6 +60,7 @@ class Loop:
         )
         self.evaluations = Evaluations(parts, self._record, self._stop_if_asked, self.watch.mark)
         self.health = Health(parts, self.saver, self._record)
+        self.tally = Tally(parts, self._record)
         self.train = parts.config.train
         self._started_s = time.perf_counter()
         self._time_before_s = parts.state.train_time_s
@@ -173,12 +175,14 @@ class Loop:
     def _evaluate_and_save(self, *, again: bool = False) -> None:
         """What is due after the step that was taken last. `again`: its checkpoint was written without."""
         state = self.state
-        epoch_ends = state.cursor % len(self.parts.train_rows) == 0
+        epoch_ends = self.tally.epoch_ends()
         improved = self._evaluation_due(epoch_ends) and self.evaluations.run()
         state.evaluated_step = state.step
         due = improved or again or self._due(self.train.save_strategy, self.train.save_steps, epoch_ends)
         if due and self.train.save_strategy != "no":
             self._save()
+            if improved and self.parts.console.waits_for_best:
+                self.saver.wait()
 
     def _stop(self, reason: str) -> None:
         """Collective: save what has been trained, unless it is saved, and say how to go on."""
@@ -231,9 +235,7 @@ class Loop:
         if p.strategy.loss_scale is not None:
             state.loss_scale, state.loss_scale_good_steps = p.strategy.loss_scale.scale, p.strategy.loss_scale.good_steps
         self._since_log_tokens += result.label_tokens
-        if result.correct is not None:
-            state.correct_window += result.correct
-            state.rows_window += batch.samples_global
+        self.tally.add(batch, result, total_tokens)
         if len(self._step_times_s) == min(EXPECT_AFTER_STEPS, p.total_steps):
             p.console.expected_time(self._expected_s())
         return result
@@ -249,8 +251,7 @@ class Loop:
             return  # every step since the last line was left out
         loss = state.loss_window_sum / state.loss_window_steps
         state.loss_window_sum, state.loss_window_steps, state.last_train_loss = 0.0, 0, loss
-        accuracy = {"accuracy": state.correct_window / state.rows_window} if state.rows_window else {}
-        state.correct_window, state.rows_window = 0, 0
+        accuracy = self.tally.window_accuracy()
         rate, epoch = self._rate(state.step - 1), self.state.cursor / len(p.train_rows)
         p.console.step(step=state.step, total=p.total_steps, loss=loss, rate=rate, epoch=epoch, elapsed_s=self._elapsed_s())
         tokens_per_s = self._since_log_tokens / self._since_log_s

@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from lora_dist.adapter import Allocation, load_adapter_tensors, make_allocation, read_quantisation, split_allocation
+from lora_dist.adapter import (
+    Allocation,
+    count_parameters,
+    load_adapter_tensors,
+    make_allocation,
+    read_quantisation,
+    split_allocation,
+)
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
@@ -112,7 +119,7 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         _check_identity(checkpoint, identity)
         _check_quantisation(checkpoint, base)
     model = with_adapter(config, opened, pattern)
-    console.adapter_applied(*model.get_nb_trainable_parameters())
+    console.adapter_applied(*count_parameters(model))
     if pattern is not None:
         console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
     data = run_data(config, world, console, base, kind)
@@ -281,6 +288,11 @@ def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan)
     )
     base = opened.base
     console.model_loaded()
+    if base.labels_before is not None:
+        console.warning(
+            f"model.num_labels: the base has a head of {base.labels_before} labels, {base.model.config.num_labels} are asked for: it gets "
+            "a new one, drawn by train.seed"
+        )
     if base.config_from != args.name_or_path or base.tokenizer_from != args.name_or_path:
         console.note(f"config from {base.config_from}, tokenizer from {base.tokenizer_from}")
     return opened

@@ -145,7 +145,8 @@ class Stepper:
         start = time.perf_counter()
         self.strategy.zero_grad()
         if total_tokens == 0:
-            raise NonFiniteError(f"step {step}: found no label token in the whole step, expected text")
+            what = "example that counts (train.class_weights)" if self._task.classifies else "label token"
+            raise NonFiniteError(f"step {step}: found no {what} in the whole step, expected some")
         loss_sum = self._backward(micro_batches, total_tokens, step, mark)
         mark("agreeing on the loss", step, -1)
         # A wait for the device: the optimizer may move only behind a finite loss.

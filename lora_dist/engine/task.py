@@ -27,6 +27,10 @@ class Task(Protocol):
     def best(self) -> str:
         """what the best adapter is chosen by"""
 
+    @property
+    def classifies(self) -> bool:
+        """rows have labels, or numbers to predict"""
+
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The micro-batch's loss, summed, and how many of its rows are classified rightly (None: no such thing), on the device."""
 
@@ -43,6 +47,7 @@ class CausalTask:
     """Predict the next token."""
 
     best = "eval_loss"
+    classifies = False
 
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         positions = batch.position_ids_BL.to(device) if batch.position_ids_BL is not None else None
@@ -65,10 +70,12 @@ class ClassTask:
 
     metrics: tuple[str, ...]
     best: str
+    classifies = True
 
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         assert batch.attention_mask_BL is not None and batch.targets_B is not None and batch.weights_B is not None
-        logits_BC = class_logits(module, batch.input_ids_BL.to(device), batch.attention_mask_BL.to(device))
+        types_BL = None if batch.token_types_BL is None else batch.token_types_BL.to(device)
+        logits_BC = class_logits(module, batch.input_ids_BL.to(device), batch.attention_mask_BL.to(device), types_BL)
         targets_B, weights_B = batch.targets_B.to(device), batch.weights_B.to(device)
         loss = (class_losses(logits_BC, targets_B) * weights_B).sum()
         if targets_B.is_floating_point():

@@ -28,18 +28,24 @@ from lora_dist.parallel.slurm import job_end_time_s
 
 
 def train(
-    config: RunConfig, world: World, *, look: Callable[[Parts], None] = lambda parts: None, argv: Sequence[str] = ()
+    config: RunConfig,
+    world: World,
+    *,
+    look: Callable[[Parts], None] = lambda parts: None,
+    argv: Sequence[str] = (),
+    console: Console | None = None,
 ) -> int:
     """Collective. Train by a checked configuration; the exit code.
 
     Args:
         argv: command line, for the record of this attempt.
         look: given the parts before the first step.
+        console: default: the lines of workflow W1, on rank 0.
 
     Raises:
         UserError: on every process.
     """
-    console = Console(enabled=world.is_main)
+    console = console or Console(enabled=world.is_main)
     where, parts, code = "while loading", None, 1
     state: State = "failed"
     reason = "ended by an error, see the console"

@@ -30,9 +30,12 @@ class ClassResult(EvalResult):
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def class_logits(model: nn.Module, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-    """(B, C), or (B, 1) of a number to predict."""
-    return model(input_ids=ids_BL, attention_mask=mask_BL).logits
+def class_logits(
+    model: nn.Module, ids_BL: torch.Tensor, mask_BL: torch.Tensor, types_BL: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, C), or (B, 1) of a number to predict. `types_BL`: which text of a pair a token is from; None: the model is not told."""
+    types = {} if types_BL is None else {"token_type_ids": types_BL}
+    return model(input_ids=ids_BL, attention_mask=mask_BL, **types).logits
 
 
 @torch.no_grad()
@@ -56,7 +59,10 @@ def evaluate_classes(
     try:
         for batch in batches:
             assert batch.attention_mask_BL is not None and batch.targets_B is not None and batch.weights_B is not None
-            logits_BC = class_logits(model, batch.input_ids_BL.to(world.device), batch.attention_mask_BL.to(world.device))
+            types_BL = None if batch.token_types_BL is None else batch.token_types_BL.to(world.device)
+            logits_BC = class_logits(
+                model, batch.input_ids_BL.to(world.device), batch.attention_mask_BL.to(world.device), types_BL
+            )
             targets_B = batch.targets_B.to(world.device)
             predicted_B = logits_BC.squeeze(-1).float() if targets_B.is_floating_point() else logits_BC.argmax(-1)
             real = batch.weights_B.numpy() > 0

@@ -5,7 +5,8 @@ Called by `loading.py`, `streaming.py` and `engine/`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,28 @@ def head_modules(model: nn.Module, missing: Iterable[str] = ()) -> list[str]:
     names = [name for name, module in model.named_children() if name != backbone and any(True for _ in module.parameters())]
     pooler = f"{backbone}.pooler"
     return [*names, *([pooler] if any(name.startswith(f"{pooler}.") for name in missing) else [])]
+
+
+def label_counts(config: Any, found: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> dict[str, int]:
+    """Of tensors whose shape is not the configuration's: those that are for another number of labels, and which.
+
+    Args:
+        found: name, shape in the files, shape by the configuration.
+    """
+    return {
+        name: int(stored[0])
+        for name, stored, shape in found
+        if len(stored) == len(shape) and list(stored[1:]) == list(shape[1:]) and shape[:1] == (config.num_labels,)
+    }
+
+
+def takes_token_types(model: Any, tokenizer: Any) -> bool:
+    """Whether a model tells the two texts of a pair apart by token_type_ids, as BERT does, and the tokenizer gives them."""
+    return (
+        (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+        and "token_type_ids" in tokenizer.model_input_names
+    )
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from transformers.utils import logging as hf_logging
 
 from lora_dist.log import UserError, logger
 from lora_dist.models.building import build_empty, fill
-from lora_dist.models.heads import HeadSpec, configure_head, head_modules, start_head
+from lora_dist.models.heads import HeadSpec, configure_head, head_modules, label_counts, start_head
 from lora_dist.models.hub import resolve
 from lora_dist.models.sources import SourceFacts, read_facts, some, stored_shapes, weight_files
 from lora_dist.models.uneven import LayerWidths, NotStructured, find_widths
@@ -60,6 +60,8 @@ class LoadedBase:
     """what the model's configuration said before it was turned off"""
     heads: tuple[str, ...] = ()
     """modules of a classification head, which are trained whole"""
+    labels_before: int | None = None
+    """labels of a head in the files that a new one took the place of, since another number is asked for"""
 
 
 @contextmanager
@@ -308,11 +310,13 @@ def _load_model(source: BaseSource, dtype: torch.dtype, device: str) -> Any:
             f"{key}: {source.source_dir}: cannot be loaded as {_KINDS[source.head is not None]} ({_line(error)})"
         ) from error
     if source.head is not None:
-        new = missing_head(model, {*info["missing_keys"], *(name for name, _, _ in info["mismatched_keys"])})
+        replaced = label_counts(source.config, [(n, tuple(a), tuple(b)) for n, a, b in info["mismatched_keys"]])
+        new = missing_head(model, {*info["missing_keys"], *replaced})
         info["missing_keys"] = set(info["missing_keys"]) - new
         info["mismatched_keys"] = {entry for entry in info["mismatched_keys"] if entry[0] not in new}
         start_head(model, new, source.head.seed)
         model.new_head_tensors = tuple(sorted(new))
+        model.labels_before = next((count for name, count in replaced.items() if name in new), None)
     _require_fit(source, type(model).__name__, info)
     return model
 
@@ -386,4 +390,5 @@ def frozen(model: Any, source: BaseSource, facts: SourceFacts) -> LoadedBase:
         facts.dtype,
         use_cache,
         tuple(head_modules(model, getattr(model, "new_head_tensors", ()))) if source.head is not None else (),
+        getattr(model, "labels_before", None),
     )

@@ -137,7 +137,10 @@ def _batch(logits: _Logits, rows: int, length: int) -> tuple[Tensor, ...]:
     mask_BL = torch.ones_like(ids_BL)
     if rows > 1:
         mask_BL[-1, (length + 1) // 2 :] = 0
-    return (ids_BL, mask_BL, torch.zeros_like(ids_BL))[: len(logits.inputs)]
+    types_BL = torch.zeros_like(ids_BL)
+    if (getattr(logits.model.config, "type_vocab_size", None) or 0) > 1:
+        types_BL[:, (length + 1) // 2 :] = 1  # pairs of texts
+    return (ids_BL, mask_BL, types_BL)[: len(logits.inputs)]
 
 
 def _write(logits: _Logits, file: Path, opset: int | None) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora_dist.log import UserError
 from lora_dist.models.building import build_empty, match_names, set_tensor, stored_buffers
-from lora_dist.models.heads import head_modules, start_head
+from lora_dist.models.heads import head_modules, label_counts, start_head
 from lora_dist.models.loading import BaseSource, LoadedBase, frozen, generation_config, missing_head, quiet_transformers
 from lora_dist.models.sources import SourceFacts, stored_shapes, weight_files
 
@@ -68,7 +68,10 @@ def _place_head(model: Any, source: BaseSource, device: torch.device) -> None:
     prefix = f"{model.base_model_prefix}."
     names = {name for name, _ in model.named_parameters()}
     missing = {name for name in names if name not in shapes and name.removeprefix(prefix) not in shapes}
-    new = missing_head(model, missing | {n for n in names if n in shapes and shapes[n] != tuple(model.get_parameter(n).shape)})
+    wrong = [(n, shapes[n], tuple(model.get_parameter(n).shape)) for n in sorted(names & shapes.keys())]
+    replaced = label_counts(source.config, [(n, stored, shape) for n, stored, shape in wrong if stored != shape])
+    new = missing_head(model, missing | replaced.keys())
+    model.labels_before = next((count for name, count in replaced.items() if name in new), None)
     model.new_head_tensors = tuple(sorted(new))
     reader = TensorReader(model, source.source_dir)
     for name in names:

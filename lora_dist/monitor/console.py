@@ -50,6 +50,19 @@ class ProgressBar:
         with contextlib.suppress(OSError):  # stderr may be a file on a full disk: a picture less
             self._bar.update()
 
+    def show(self, done: int, text: str) -> None:
+        """At so many, with `text` behind the bar."""
+        self._bar.bar_format = (
+            f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {text} [{{n_fmt}}/{{total_fmt}}, {{elapsed}}<{{remaining}}]"
+        )
+        with contextlib.suppress(OSError):
+            self._bar.update(done - self._bar.n)
+
+    def clear(self) -> None:
+        """Off the screen, until it moves again."""
+        with contextlib.suppress(OSError):
+            self._bar.clear()
+
     def close(self) -> None:
         if self._console.enabled:
             line = str(self._bar)
@@ -60,6 +73,9 @@ class ProgressBar:
 
 class Console:
     """Prints on rank 0, and appends the same lines to log files once there are some. `line` may be called from several threads."""
+
+    waits_for_best = False
+    """training goes on only when a new best adapter is on disk and told of"""
 
     def __init__(self, enabled: bool = True, stream: TextIO | None = None):
         self.enabled = enabled
@@ -169,17 +185,21 @@ class Console:
         self.line(f"  - Format: {kind}{' (by the columns)' if by_columns else ''}{named}, {learnt}")
 
     def records(
-        self, split: str | None, *, records: int, bad: int, first_bad: str, truncated: int, max_length: int, lost_share: float
-    ) -> None:
-        """What became of the records of a split, where there is anything to say; `split`: None where there is only one."""
+        self, split: str | None, *, records: int, bad: int, first_bad: str, truncated: int, max_length: int,
+        lost_share: float | None,
+    ) -> None:  # fmt: skip
+        """What became of the records of a split, where there is anything to say.
+
+        Args:
+            split: None where there is only one.
+            lost_share: of the answers of truncated examples; None: they have no answers.
+        """
         where = f" ({split})" if split is not None else ""
         if bad:
             self.line(f"  - Bad records{where}: {bad:,} of {records:,} left out ({first_bad})")
         if truncated:
-            self.line(
-                f"  - Truncated{where}: {truncated:,} of {records - bad:,} examples at {max_length} tokens "
-                f"(answers lost {lost_share:.0%} of their tokens)"
-            )
+            lost = "" if lost_share is None else f" (answers lost {lost_share:.0%} of their tokens)"
+            self.line(f"  - Truncated{where}: {truncated:,} of {records - bad:,} examples at {max_length} tokens{lost}")
 
     def packed(self, *, examples: int, rows: int, capacity: int, fill: float) -> None:
         self.line(f"  - Packed: {examples:,} examples in {rows:,} rows of {capacity:,} tokens, {fill:.1%} filled")
@@ -205,6 +225,12 @@ class Console:
         self.line()
 
     # While training
+
+    def step_done(self, *, epoch: int, done: int, steps_per_epoch: int, loss: float, accuracy: float | None) -> None:
+        """After every step: means of its epoch (counted from 0) so far. Shown by `EpochConsole`."""
+
+    def epoch_done(self, *, train_loss: float, train_accuracy: float | None) -> None:
+        """Of a classifier, where an epoch or the run ends: its means. Shown by `EpochConsole`."""
 
     def expected_time(self, seconds: float) -> None:
         self.line(f"Expected training time: ~{clock(seconds)}")

@@ -69,7 +69,7 @@ class MetricsFile:
 def _stays(line: str, step: int, evaluated: bool) -> bool:
     try:
         record = json.loads(line)
-        again = record["event"] == "eval" and record["step"] == step and not evaluated
+        again = record["event"] in ("eval", "epoch") and record["step"] == step and not evaluated
         return bool(record["step"] <= step and record["event"] != "final" and not again)
     except (json.JSONDecodeError, KeyError, TypeError):  # cut off by a kill
         return False

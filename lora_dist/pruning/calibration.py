@@ -190,6 +190,9 @@ def capture(model: nn.Module, layers: nn.ModuleList, windows_NL: Tensor, *, devi
 
     Returns:
         The hidden states and each layer's other arguments.
+
+    Raises:
+        UserError: a model whose layers return more than hidden states, such as DeBERTa.
     """
     own = next(model.parameters()).device
     calibration = Calibration(device or own)
@@ -197,7 +200,13 @@ def capture(model: nn.Module, layers: nn.ModuleList, windows_NL: Tensor, *, devi
     as_tuple = _returns_tuples(model, layers, windows_NL[:1, :2].to(own))
     with _stubs(layers, as_tuple) as stubs:
         for ids in windows_NL.split(batch):
-            _base(model)(input_ids=ids.to(own), use_cache=False)  # without lm_head: nobody reads the logits
+            try:
+                _base(model)(input_ids=ids.to(own), use_cache=False)  # without lm_head: nobody reads the logits
+            except (TypeError, ValueError, AttributeError) as error:
+                raise UserError(
+                    f"score: found wanda, but {type(model).__name__} cannot be calibrated layer by layer (its code wants more of a layer than "
+                    "hidden states), expected magnitude"
+                ) from error
             hidden = stubs[0].hidden
             assert hidden is not None
             calibration.hidden.append(hidden.to(calibration.device))
