@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lora_dist.blocks import MASK_FILE, NamedLinear, Pattern
+from lora_dist.blocks import MASK_FILE, Pattern
 from lora_dist.log import UserError
-from lora_dist.models.architecture import decoder_layers, prunable_linears
+from lora_dist.models.architecture import decoder_layers
 from lora_dist.models.building import build_empty
 from lora_dist.models.heads import HeadSpec, configure_head, head_modules
 from lora_dist.models.hub import resolve
