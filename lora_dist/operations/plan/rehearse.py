@@ -14,7 +14,6 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_dist.adapter import BlockLoraLinear, attach_adapter
@@ -25,6 +24,7 @@ from lora_dist.config import RunConfig
 from lora_dist.models.architecture import decoder_layers, prunable_linears, shard_units
 from lora_dist.models.blueprint import Blueprint, read_blueprint
 from lora_dist.models.loss import causal_loss_sum, class_losses
+from lora_dist.operations.plan.quantised import QuantisedLinear
 from lora_dist.operations.plan.trace import DeviceKernels, Peak, Phase, trace
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4")
@@ -64,6 +64,10 @@ class Shapes:
     head_width: int
     """attention heads x their width"""
     vocabulary: int
+    layer_products: int
+    """weights of the layers that a token is multiplied with"""
+    head_products: int
+    """of the language model's head"""
 
     @property
     def base(self) -> list[Parameter]:
@@ -72,46 +76,6 @@ class Shapes:
     @property
     def trainable(self) -> list[Parameter]:
         return [p for p in self.parameters if p.trainable]
-
-
-class _Dequantised(torch.autograd.Function):
-    """A quantised linear's product: its weight is made anew in each pass, and kept in neither."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bits: int) -> Tensor:
-        ctx.weight, ctx.bits = weight_OI, bits
-        if bits == 8:
-            rounded = torch.empty(x.shape, dtype=torch.int8, device="meta")
-            product = torch.empty((*x.shape[:-1], weight_OI.shape[0]), dtype=torch.int32, device="meta")
-            del rounded
-            return product.to(x.dtype)
-        return F.linear(x, torch.empty_like(weight_OI))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0] @ torch.empty_like(ctx.weight), None, None
-
-
-class _QuantisedLinear(nn.Linear):
-    """Stands for bitsandbytes' layers."""
-
-    def __init__(self, linear: NamedLinear, bits: int):
-        with torch.device("meta"):
-            super().__init__(*linear.weight_OI.shape[::-1], bias=False, dtype=linear.weight_OI.dtype)
-        self.weight.requires_grad_(False)
-        self.bias, self.bits = linear.module.bias, bits
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Dequantised.apply(x, self.weight, self.bits)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def held_bytes(self, double: bool) -> int:
-        """As `models/quantised.py` packs it: rows filled up to blocks of 64, a scale each."""
-        O, I = self.out_features, self.in_features
-        if self.bits == 8:
-            return O * I + 4 * O
-        padded = O * (-(-I // 64) * 64)
-        return padded // 2 + (padded // 64 * (1 + 4 / 256) if double else padded // 64 * 4).__ceil__()
 
 
 class Rehearsal:
@@ -147,20 +111,43 @@ class Rehearsal:
 
     def shapes(self, precision: str) -> Shapes:
         """What the whole wrapped model holds."""
-        wrapped = self._model(precision, None)
+        return self._shapes(self._model(precision, None), self.blueprint.layers)
+
+    def _shapes(self, wrapped: Any, layers: int) -> Shapes:
         base = wrapped.get_base_model()
         unit_of = {id(p): i for i, unit in enumerate(shard_units(base)) for p in unit.parameters()}
         double = self._config.model.bnb_4bit_use_double_quant
-        packed = {id(m.weight): m.held_bytes(double) for m in base.modules() if isinstance(m, _QuantisedLinear)}
+        packed = {id(m.weight): m.held_bytes(double) for m in base.modules() if isinstance(m, QuantisedLinear)}
         found = tuple(
             Parameter(tuple(p.shape), packed.get(id(p), p.numel() * p.element_size()), p.requires_grad, unit_of.get(id(p), -1))
             for p in wrapped.parameters()
         )
         text = base.config.get_text_config()
-        heads = int(text.num_attention_heads)
-        width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-        buffers = sum(b.numel() * b.element_size() for b in wrapped.buffers())
-        return Shapes(found, buffers, int(text.hidden_size), self.blueprint.layers, heads * width, self.blueprint.vocabulary)
+        hidden, heads, vocabulary = int(text.hidden_size), int(text.num_attention_heads), self.blueprint.vocabulary
+        return Shapes(
+            parameters=found,
+            buffer_bytes=sum(b.numel() * b.element_size() for b in wrapped.buffers()),
+            hidden=hidden,
+            layers=layers,
+            head_width=heads * int(getattr(text, "head_dim", None) or hidden // heads),
+            vocabulary=vocabulary,
+            layer_products=sum(linear.weight_OI.numel() for linear in prunable_linears(base)),
+            head_products=0 if self.blueprint.head is not None else hidden * vocabulary,
+        )
+
+    @torch.no_grad()
+    def one_layer(self, precision: str, device: torch.device) -> tuple[Any, Shapes]:
+        """The wrapped model with one layer, on a device, small random weights in it: to time."""
+        base = self.blueprint.build(compute_dtype(precision), layers=1 if self.blueprint.shortable else None)
+        linears = prunable_linears(base)
+        model = _with_adapter(self._config, self.blueprint, base, self._pattern(linears), [linear.name for linear in linears])
+        shapes = self._shapes(model, len(decoder_layers(base)[1]))
+        model.to_empty(device=device)
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+        for buffer in model.buffers():
+            buffer.zero_()
+        return model, shapes
 
     def peaks(
         self, precision: str, *, checkpointing: bool, rows: int, train: bool = True, gather: str = "none"
@@ -223,7 +210,7 @@ class Rehearsal:
             pattern = self._pattern(linears)
             if kind in _QUANTISED_BITS:
                 for linear in linears:
-                    base.set_submodule(linear.name, _QuantisedLinear(linear, _QUANTISED_BITS[kind]))
+                    base.set_submodule(linear.name, QuantisedLinear(linear, _QUANTISED_BITS[kind]))
             model = _with_adapter(self._config, self.blueprint, base, pattern, [linear.name for linear in linears])
             _choose_forms(model, compute_dtype(kind), "cuda" if self._cuda else "cpu")
             self._models[key] = model
@@ -302,7 +289,7 @@ def _gathered(base: Any, gather: str, double: bool) -> dict[nn.Module, int]:
 
     def size(module: nn.Module, recurse: bool) -> int:
         return sum(
-            module_.held_bytes(double) if isinstance(module_, _QuantisedLinear) else p.numel() * p.element_size()
+            module_.held_bytes(double) if isinstance(module_, QuantisedLinear) else p.numel() * p.element_size()
             for module_ in (module.modules() if recurse else [module])
             for p in module_.parameters(recurse=False)
         )
