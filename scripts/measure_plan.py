@@ -269,6 +269,7 @@ def estimate(case: Case, base: Path) -> Any:
         checkpointing=config.train.gradient_checkpointing,
         rows=config.train.per_device_train_batch_size,
         eval_rows=config.train.per_device_eval_batch_size if config.train.eval_strategy != "no" else 0,
+        exact=True,
     )
 
 

@@ -157,7 +157,7 @@ def _start_magnitudes(model: PeftModel, weight_OI: Callable[[str], Tensor] | Non
         if weight_OI is not None:
             norm_O = torch.linalg.vector_norm(weight_OI(name).float(), dim=1)
             magnitude.copy_(torch.where(norm_O > 0, norm_O, torch.ones_like(norm_O)) if masked else norm_O)
-        if not masked and not bool((magnitude > 0).all()):
+        if not masked and not magnitude.is_meta and not bool((magnitude > 0).all()):
             raise UserError(
                 f"adapter.type: found dora with adapter.mask none, but row {int((magnitude > 0).long().argmin())} of {name} is all zeros and "
                 "DoRA divides by its norm: set adapter.mask auto, or another type"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_dist.config import RunConfig
 from lora_dist.log import UserError
-from lora_dist.operations.plan.choice import Hardware, Planner
+from lora_dist.operations.plan.choice import Hardware, Planner, configured_precision
 from lora_dist.operations.plan.memory import GIB
 from lora_dist.operations.plan.rehearse import Rehearsal
 from lora_dist.operations.plan.show import as_json, shortened, table, verdict
@@ -65,7 +65,7 @@ def run(
         f"rates: {rates.flops / 1e12:.3g}e12 operations/s in bf16 ({'assumed' if assumed else 'measured' if measure else 'given'}), "
         f"{rates.bandwidth / 1e9:.3g}e9 bytes/s between ranks ({'assumed' if bandwidth is None else 'given'})",
         "",
-        table(plans if every else shortened(plans)),
+        table(plans if every else shortened(plans, configured_precision(config))),
         "",
         *verdict(planner, plans, best, train_argv),
     ]

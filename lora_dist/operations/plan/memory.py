@@ -71,7 +71,7 @@ class Rehearsed(Protocol):
     def shapes(self, precision: str) -> Shapes: ...
 
     def peaks(
-        self, precision: str, *, checkpointing: bool, rows: int, train: bool = True, gather: str = "none"
+        self, precision: str, *, checkpointing: bool, rows: int, train: bool = True, gather: str = "none", exact: bool = False
     ) -> dict[Phase, Peak]: ...
 
 
@@ -141,18 +141,20 @@ def at_peak(
     rows: int,
     eval_rows: int = 0,
     overhead: int = 0,
+    exact: bool = False,
 ) -> Memory:
     """Everything, at the moment when it is most: of a micro-batch of `rows`, or of an evaluation's batch.
 
     Args:
         eval_rows: 0: nothing is evaluated.
         overhead: bytes of the framework.
+        exact: as `Rehearsal.peaks` has it.
     """
     still = held(rehearsed.shapes(precision), layout)
     gather = SHARDED.get(layout.strategy, "none")
-    peaks = list(rehearsed.peaks(precision, checkpointing=checkpointing, rows=rows, gather=gather).values())
+    peaks = list(rehearsed.peaks(precision, checkpointing=checkpointing, rows=rows, gather=gather, exact=exact).values())
     if eval_rows:
-        peaks += rehearsed.peaks(precision, checkpointing=False, rows=eval_rows, train=False, gather=gather).values()
+        peaks += rehearsed.peaks(precision, checkpointing=False, rows=eval_rows, train=False, gather=gather, exact=exact).values()
     peak = max(peaks, key=lambda each: each.total)
     return Memory(
         base=still.base,

@@ -12,22 +12,24 @@ from torch import Tensor, nn
 from lora_dist.blocks import NamedLinear
 
 
-class _Dequantised(torch.autograd.Function):
-    """A quantised linear's product: its weight is made anew in each pass, and kept in neither."""
+class _Product(torch.autograd.Function):
+    """A quantised linear's product: its weight is made anew in each pass, and kept in neither. That of int8 keeps its input, though
+    nothing of the backward pass needs it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bits: int) -> Tensor:
-        ctx.weight, ctx.bits = weight_OI, bits
+        ctx.bits = bits
+        ctx.save_for_backward(weight_OI, x if bits == 8 else None)
         if bits == 8:
-            rounded = torch.empty(x.shape, dtype=torch.int8, device="meta")
-            product = torch.empty((*x.shape[:-1], weight_OI.shape[0]), dtype=torch.int32, device="meta")
-            del rounded
-            return product.to(x.dtype)
+            whole = torch.empty((*x.shape[:-1], weight_OI.shape[0]), dtype=torch.int32, device="meta")
+            scaled = whole.float()
+            return scaled.to(x.dtype)
         return F.linear(x, torch.empty_like(weight_OI))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return gradients[0] @ torch.empty_like(ctx.weight), None, None
+        weight_OI, _ = ctx.saved_tensors
+        return gradients[0] @ torch.empty_like(weight_OI), None, None
 
 
 class QuantisedLinear(nn.Linear):
@@ -40,7 +42,7 @@ class QuantisedLinear(nn.Linear):
         self.bias, self.bits = linear.module.bias, bits
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _Dequantised.apply(x, self.weight, self.bits)
+        y: Tensor = _Product.apply(x, self.weight, self.bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def held_bytes(self, double: bool) -> int:

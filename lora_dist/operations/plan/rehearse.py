@@ -31,6 +31,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4")
 """what the base is held in; int8 and nf4 compute in bf16"""
 _QUANTISED_BITS = {"int8": 8, "nf4": 4}
 _TRACED_LAYERS = 2
+_TRACED_ROWS = (2, 4)
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -101,7 +102,7 @@ class Rehearsal:
             num_labels=model.num_labels,
         )
         self._models: dict[tuple[Any, ...], Any] = {}
-        self._peaks: dict[tuple[Any, ...], dict[Phase, Peak]] = {}
+        self._peaks: dict[tuple[Any, ...], dict[str, dict[Phase, Peak]]] = {}
 
     @cached_property
     def length(self) -> int:
@@ -150,32 +151,46 @@ class Rehearsal:
         return model, shapes
 
     def peaks(
-        self, precision: str, *, checkpointing: bool, rows: int, train: bool = True, gather: str = "none"
+        self, precision: str, *, checkpointing: bool, rows: int, train: bool = True, gather: str = "none", exact: bool = False
     ) -> dict[Phase, Peak]:
         """Peak bytes of a micro-batch (train) or of a batch of an evaluation, by phase.
 
         Args:
             precision: one of `PRECISIONS`.
             gather: what a sharded strategy makes whole at a time: none, units (fsdp2) or leaves (zero3).
+            exact: with so many rows; else by a line through two numbers of rows, which is high by some MiB for a single one.
         """
         kind = "bf16" if precision == "fp16" else precision
-        key = (kind, checkpointing and train, rows, train, gather)
+        if exact or rows in _TRACED_ROWS:
+            return self._exact(kind, checkpointing and train, rows, train, gather)
+        few, more = (self._exact(kind, checkpointing and train, n, train, gather) for n in _TRACED_ROWS)
+        between = _TRACED_ROWS[1] - _TRACED_ROWS[0]
+        return {phase: _extended(few[phase], more[phase], (rows - _TRACED_ROWS[0]) / between) for phase in few}
+
+    def _exact(self, precision: str, checkpointing: bool, rows: int, train: bool, gather: str) -> dict[Phase, Peak]:
+        """All layers of them alike: traced with two and with three."""
+        key = (precision, checkpointing, rows, train, gather == "leaves")
         if key not in self._peaks:
             layers = self.blueprint.layers
             if not self.blueprint.shortable or layers <= _TRACED_LAYERS + 1:
-                self._peaks[key] = self._trace(kind, None, *key[1:])
+                self._peaks[key] = self._trace(precision, None, *key[1:])
             else:
-                few, more = (self._trace(kind, _TRACED_LAYERS + n, *key[1:]) for n in (0, 1))
-                self._peaks[key] = {phase: _extended(few[phase], more[phase], layers - _TRACED_LAYERS) for phase in few}
-        return self._peaks[key]
+                few, more = (self._trace(precision, _TRACED_LAYERS + n, *key[1:]) for n in (0, 1))
+                self._peaks[key] = {
+                    way: {phase: _extended(few[way][phase], more[way][phase], layers - _TRACED_LAYERS) for phase in few[way]}
+                    for way in few
+                }
+        return self._peaks[key][gather]
 
     def _trace(
-        self, precision: str, layers: int | None, checkpointing: bool, rows: int, train: bool, gather: str
-    ) -> dict[Phase, Peak]:
+        self, precision: str, layers: int | None, checkpointing: bool, rows: int, train: bool, leaves: bool
+    ) -> dict[str, dict[Phase, Peak]]:
         model = self._model(precision, layers)
         model.train(train)
         base = model.get_base_model()
-        _set_checkpointing(model, checkpointing, self._cuda)
+        kernels = partial(DeviceKernels, self._cuda, saving_linear=leaves)
+        _set_checkpointing(model, checkpointing, kernels)
+        double = self._config.model.bnb_4bit_use_double_quant
         return trace(
             model,
             self._loss(model, rows),
@@ -183,9 +198,8 @@ class Rehearsal:
             vocabulary=self.blueprint.vocabulary,
             train=train,
             padded=self._config.data.packing or self.blueprint.head is not None,
-            cuda=self._cuda,
-            gathered=_gathered(base, gather, self._config.model.bnb_4bit_use_double_quant),
-            stay=gather == "units",
+            kernels=kernels(),
+            gathered={way: _gathered(base, way, double) for way in (("leaves",) if leaves else ("none", "units"))},
         )
 
     def _loss(self, model: Any, rows: int) -> Callable[[], Tensor]:
@@ -245,7 +259,7 @@ def _with_adapter(config: RunConfig, blueprint: Blueprint, base: Any, pattern: P
         target_modules=targets,
         use_rslora=args.use_rslora,
         form=args.form,
-        adapter_type="lora" if args.type == "dora" else args.type,
+        adapter_type=args.type,
         adalora=args.adalora,
         feedforward_modules=args.feedforward_modules,
         **task,
@@ -267,19 +281,15 @@ def _choose_forms(model: Any, dtype: torch.dtype, device_type: str) -> None:
                 layer.lora_form[name] = "factorised" if cheaper else "dense"
 
 
-def _set_checkpointing(model: Any, on: bool, cuda: bool) -> None:
-    # Autograd's engine leaves the mode that stands for the device's kernels: what is computed again enters it again.
-    again = partial(_contexts, cuda)
+def _set_checkpointing(model: Any, on: bool, kernels: Callable[[], DeviceKernels]) -> None:
     with warnings.catch_warnings():  # transformers 5.23 renames these, 5.17 has these names only
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
-        if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": again})
-        else:
+        if not on:
             model.gradient_checkpointing_disable()
-
-
-def _contexts(cuda: bool) -> tuple[Any, Any]:
-    return nullcontext(), DeviceKernels(cuda)
+            return
+        # Autograd's engine leaves the mode that stands for the device's kernels: what is computed again enters it again.
+        again: Callable[[], tuple[Any, Any]] = lambda: (nullcontext(), kernels())  # noqa: E731
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": again})
 
 
 def _gathered(base: Any, gather: str, double: bool) -> dict[nn.Module, int]:
@@ -300,8 +310,7 @@ def _gathered(base: Any, gather: str, double: bool) -> dict[nn.Module, int]:
     return {module: size(module, gather == "units") for module in modules}
 
 
-def _extended(few: Peak, more: Peak, extra: int) -> Peak:
-    """The peak with `extra` layers more than `few` has; `more` has one more."""
-    return Peak(
-        *(a + extra * (b - a) for a, b in ((few.total, more.total), (few.logits, more.logits), (few.gathered, more.gathered)))
-    )
+def _extended(few: Peak, more: Peak, extra: float) -> Peak:
+    """The peak with `extra` layers or rows more than `few` has; `more` has one such more."""
+    pairs = ((few.total, more.total), (few.logits, more.logits), (few.gathered, more.gathered))
+    return Peak(*(max(0, round(a + extra * (b - a))) for a, b in pairs))

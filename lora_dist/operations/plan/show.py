@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from lora_dist.operations.plan.choice import Plan, Planner, flags
+from lora_dist.operations.plan.choice import Choice, Plan, Planner, flags
 from lora_dist.operations.plan.memory import GIB, Memory
 
 _PARTS = [f.name for f in fields(Memory) if f.name != "host"]
@@ -54,10 +54,16 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size >= 0.005 * GIB or not size else f"{size / GIB:.4f}"
 
 
-def shortened(plans: Sequence[Plan]) -> list[Plan]:
-    """Of each strategy and precision the fastest that fits, or the one nearest to fitting; fastest first."""
+def shortened(plans: Sequence[Plan], mine: str) -> list[Plan]:
+    """Of each strategy and precision the fastest that fits, or the one nearest to fitting; fastest first.
+
+    Args:
+        mine: the configured precision.
+    """
     groups: dict[tuple[str, str], list[Plan]] = {}
     for plan in plans:
+        if plan.choice.precision == "fp16" and mine != "fp16":
+            continue  # what bf16 takes
         groups.setdefault((plan.choice.layout.name, plan.choice.precision), []).append(plan)
     kept = [
         max((p for p in group if p.fits), key=lambda p: p.tokens_per_s, default=min(group, key=lambda p: p.memory.total))
@@ -66,13 +72,16 @@ def shortened(plans: Sequence[Plan]) -> list[Plan]:
     return sorted(kept, key=lambda p: (not p.fits, -p.tokens_per_s if p.fits else p.memory.total))
 
 
-def commands(plan: Plan, train_argv: Sequence[str]) -> dict[str, str]:
+def commands(plan: Plan, now: Choice, train_argv: Sequence[str]) -> dict[str, str]:
     """The command of each launcher, as docs/launching.md has them.
 
     Args:
+        now: as the configuration has it.
         train_argv: options of `lora-dist train` that were given; the choice's own stand behind them, so they rule.
     """
-    argv = " ".join([shlex.join(train_argv), *flags(plan.choice)])
+    argv = " ".join(
+        [shlex.join(train_argv), *dict.fromkeys([*flags(plan.choice, now), f"--parallel.strategy {plan.choice.layout.strategy}"])]
+    )
     processes = plan.choice.layout.processes
     alone = {} if processes > 1 else {"lora-dist": f"lora-dist train {argv}"}
     return alone | {
@@ -89,7 +98,7 @@ def verdict(planner: Planner, plans: Sequence[Plan], best: Plan | None, train_ar
         f"{'fits' if now.fits else 'does not fit'} in {limit / GIB:.2f} GiB"
     ]
     if best is not None:
-        command = next(iter(commands(best, train_argv).values()))
+        command = next(iter(commands(best, planner.configured(), train_argv).values()))
         return [
             *lines,
             f"cheapest that fits: {_described(best)}: {best.memory.total / GIB:.2f} GiB a rank, {best.tokens_per_s:,.0f} tokens/s",
@@ -131,7 +140,7 @@ def as_json(planner: Planner, plans: Sequence[Plan], best: Plan | None, train_ar
         "global_batch": planner.global_batch,
         "configured": _plan_json(planner.work_out(planner.configured())),
         "plans": [_plan_json(plan) for plan in plans],
-        "best": None if best is None else _plan_json(best) | {"commands": commands(best, train_argv)},
+        "best": None if best is None else _plan_json(best) | {"commands": commands(best, planner.configured(), train_argv)},
     }
 
 

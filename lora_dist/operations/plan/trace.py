@@ -9,9 +9,9 @@ attention takes the memory of torch's fused kernels (no T x T), dropout keeps wh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -36,20 +36,24 @@ class Peak:
     """of them, parameters that are whole for the moment"""
 
 
-@dataclass
 class _Count:
-    """Bytes that live now, and the peak of every phase."""
+    """Bytes that live now, and the peak of every phase under every way of gathering.
 
-    live: int = 0
-    logits: int = 0
-    gathered: int = 0
-    phase: Phase = "layers"
-    peaks: dict[Phase, Peak] = field(default_factory=lambda: {"layers": Peak(), "head": Peak()})
+    Args:
+        ways: names.
+    """
+
+    def __init__(self, ways: Iterable[str]):
+        self.live = self.logits = 0
+        self.gathered = dict.fromkeys(ways, 0)
+        self.phase: Phase = "layers"
+        self.peaks: dict[str, dict[Phase, Peak]] = {way: {"layers": Peak(), "head": Peak()} for way in self.gathered}
 
     def note(self) -> None:
-        total = self.live + self.gathered
-        if total > self.peaks[self.phase].total:
-            self.peaks[self.phase] = Peak(total, self.logits, self.gathered)
+        for way, gathered in self.gathered.items():
+            peaks = self.peaks[way]
+            if self.live + gathered > peaks[self.phase].total:
+                peaks[self.phase] = Peak(self.live + gathered, self.logits, gathered)
 
 
 class _Allocations(TorchDispatchMode):
@@ -123,18 +127,48 @@ class _FusedDropout(torch.autograd.Function):
         return torch.empty_like(gradients[0])
 
 
-class DeviceKernels(TorchFunctionMode):
-    """Puts the two above in the place of what the meta device would do."""
+class _SavingLinear(torch.autograd.Function):
+    """DeepSpeed's linear in stage 3: keeps its input as well, also where the weight is frozen."""
 
-    def __init__(self, cuda: bool):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        product = x @ weight_OI.t()
+        return product if bias is None else product.add_(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        g, flat = gradients[0], gradients[0].reshape(-1, gradients[0].shape[-1])
+        return (
+            g @ weight_OI if need_x else None,
+            flat.t() @ x.reshape(-1, x.shape[-1]) if need_weight else None,
+            flat.sum(0) if need_bias else None,
+        )
+
+
+class DeviceKernels(TorchFunctionMode):
+    """Puts those above in the place of what the meta device would do.
+
+    Args:
+        cuda: a GPU's dropout, else a CPU's.
+        saving_linear: DeepSpeed's linear, of stage 3.
+    """
+
+    def __init__(self, cuda: bool, saving_linear: bool = False):
         super().__init__()
-        self._cuda = cuda
+        self._cuda, self._saving_linear = cuda, saving_linear
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            q, k, v, *rest = args
-            return _Attention.apply(q, k, v, rest[0] if rest else kwargs.get("attn_mask"))
+            given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False)) | kwargs
+            if self._cuda or not given.get("dropout_p"):  # on CPUs, dropout of scores is done on all T x T of them, as on meta
+                return _Attention.apply(given["query"], given["key"], given["value"], given.get("attn_mask"))
+        if func is F.linear and self._saving_linear:
+            x, weight, *bias = args
+            return _SavingLinear.apply(x, weight, bias[0] if bias else kwargs.get("bias"))
         if func is F.dropout and self._cuda:
             given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
             if given.get("training", True) and given.get("p", 0.5) > 0:
@@ -148,12 +182,12 @@ class _Gathering:
     gradient of its output to that of its input.
 
     Args:
+        way: units (of `fully_shard`: what a checkpointed one gathers to compute again stays for its backward pass) or leaves.
         sizes: bytes by module.
-        stay: what a checkpointed layer gathers to compute again stays for its backward pass.
     """
 
-    def __init__(self, count: _Count, sizes: dict[nn.Module, int], *, stay: bool):
-        self._count, self._sizes, self._stay = count, sizes, stay
+    def __init__(self, count: _Count, way: str, sizes: dict[nn.Module, int]):
+        self._count, self._way, self._sizes, self._stay = count, way, sizes, way == "units"
         self._held: set[nn.Module] = set()
         self.backward = False
 
@@ -180,13 +214,13 @@ class _Gathering:
     def _hold(self, module: nn.Module) -> None:
         if module not in self._held:
             self._held.add(module)
-            self._count.gathered += self._sizes[module]
+            self._count.gathered[self._way] += self._sizes[module]
             self._count.note()
 
     def _let_go(self, module: nn.Module) -> None:
         if module in self._held:
             self._held.remove(module)
-            self._count.gathered -= self._sizes[module]
+            self._count.gathered[self._way] -= self._sizes[module]
 
 
 class _Phases:
@@ -218,33 +252,33 @@ def trace(
     vocabulary: int,
     train: bool,
     padded: bool,
-    cuda: bool,
-    gathered: dict[nn.Module, int] | None = None,
-    stay: bool = True,
-) -> dict[Phase, Peak]:
-    """Peaks of one forward pass, and backward pass in training, of a model on the meta device.
+    kernels: DeviceKernels,
+    gathered: Mapping[str, dict[nn.Module, int]],
+) -> dict[str, dict[Phase, Peak]]:
+    """Peaks of one forward pass, and backward pass in training, of a model on the meta device; by way of gathering and phase.
 
     Args:
         loss: the forward pass, on inputs made beforehand.
         layers: the repeated ones.
         padded: whether rows have padding, or several examples: what attention masks are made for.
-        cuda: a GPU's dropout, else a CPU's.
-        gathered: bytes by module that a sharded strategy makes whole when it is its turn.
-        stay: as `_Gathering` has it.
+        gathered: by name of a way, bytes by module that a sharded strategy makes whole when it is its turn; none of them is one too.
     """
-    count = _Count()
-    gathering, phases = _Gathering(count, gathered or {}, stay=stay), _Phases(count)
+    count = _Count(gathered)
+    gatherings = [_Gathering(count, way, sizes) for way, sizes in gathered.items()]
+    phases = _Phases(count)
     # Gradients lie in buffers of their own: what is added to them is freed at once.
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     known = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
-    with _hooked([*gathering.hooks(), *phases.hooks(layers)]), torch.set_grad_enabled(train), DeviceKernels(cuda):
+    hooks = [*(hook for each in gatherings for hook in each.hooks()), *phases.hooks(layers)]
+    with _hooked(hooks), torch.set_grad_enabled(train), kernels:
         # Autograd works in this thread, where these modes are in force.
         with torch.autograd.set_multithreading_enabled(False), _Allocations(count, known, vocabulary, not padded):
             total = loss()
             if train:
-                gathering.backward = phases.backward = True
+                for each in (*gatherings, phases):
+                    each.backward = True
                 (total / 2.0).backward()
     return count.peaks
 
