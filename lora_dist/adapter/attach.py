@@ -137,6 +137,9 @@ def attach_adapter(
     )  # fmt: skip
     with _without_pefts_own_warnings():
         wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)  # AdaLoRA's count of ranks, which PEFT makes trainable where the base is not on a CPU
     if isinstance(config, IA3Config) and targets == "all-linear":
         # PEFT has put every linear's own name for all-linear, and reads such a file only if these are names from among them.
         config.feedforward_modules = {name for name, layer in lora_layers(wrapped) if layer.is_feedforward}

@@ -30,7 +30,7 @@ from lora_dist.operations.plan.trace import DeviceKernels, Peak, Phase, trace
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4")
 """what the base is held in; int8 and nf4 compute in bf16"""
 _QUANTISED_BITS = {"int8": 8, "nf4": 4}
-_TRACED_LAYERS = 2
+_TRACED_LAYERS = 1
 _TRACED_ROWS = (2, 4)
 
 
@@ -102,6 +102,7 @@ class Rehearsal:
             num_labels=model.num_labels,
         )
         self._models: dict[tuple[Any, ...], Any] = {}
+        self._found: dict[str, Shapes] = {}
         self._peaks: dict[tuple[Any, ...], dict[str, dict[Phase, Peak]]] = {}
 
     @cached_property
@@ -112,7 +113,10 @@ class Rehearsal:
 
     def shapes(self, precision: str) -> Shapes:
         """What the whole wrapped model holds."""
-        return self._shapes(self._model(precision, None), self.blueprint.layers)
+        kind = "bf16" if precision == "fp16" else precision
+        if kind not in self._found:
+            self._found[kind] = self._shapes(self._model(kind, None), self.blueprint.layers)
+        return self._found[kind]
 
     def _shapes(self, wrapped: Any, layers: int) -> Shapes:
         base = wrapped.get_base_model()
@@ -168,7 +172,7 @@ class Rehearsal:
         return {phase: _extended(few[phase], more[phase], (rows - _TRACED_ROWS[0]) / between) for phase in few}
 
     def _exact(self, precision: str, checkpointing: bool, rows: int, train: bool, gather: str) -> dict[Phase, Peak]:
-        """All layers of them alike: traced with two and with three."""
+        """Where all layers are alike, traced with one and with two."""
         key = (precision, checkpointing, rows, train, gather == "leaves")
         if key not in self._peaks:
             layers = self.blueprint.layers
@@ -293,21 +297,19 @@ def _set_checkpointing(model: Any, on: bool, kernels: Callable[[], DeviceKernels
 
 
 def _gathered(base: Any, gather: str, double: bool) -> dict[nn.Module, int]:
-    """Bytes of what is made whole, by module."""
-    if gather == "none":
-        return {}
+    """Bytes of what is made whole, by module. `fully_shard` holds a unit twice: what was received beside what was copied out of it, or
+    what is received ahead for the next."""
 
-    def size(module: nn.Module, recurse: bool) -> int:
-        return sum(
-            module_.held_bytes(double) if isinstance(module_, QuantisedLinear) else p.numel() * p.element_size()
-            for module_ in (module.modules() if recurse else [module])
-            for p in module_.parameters(recurse=False)
-        )
+    def size(module: nn.Module) -> int:
+        if isinstance(module, QuantisedLinear):
+            return module.held_bytes(double)
+        return sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
 
-    modules = (
-        shard_units(base) if gather == "units" else [m for m in base.modules() if any(True for _ in m.parameters(recurse=False))]
-    )
-    return {module: size(module, gather == "units") for module in modules}
+    if gather == "units":
+        return {unit: 2 * sum(size(module) for module in unit.modules()) for unit in shard_units(base)}
+    if gather == "leaves":
+        return {module: size(module) for module in base.modules() if any(True for _ in module.parameters(recurse=False))}
+    return {}
 
 
 def _extended(few: Peak, more: Peak, extra: float) -> Peak:

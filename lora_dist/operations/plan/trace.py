@@ -179,15 +179,16 @@ class DeviceKernels(TorchFunctionMode):
 
 class _Gathering:
     """Adds the bytes of a module's parameters for as long as a sharded strategy holds them whole: through its forward pass, and from the
-    gradient of its output to that of its input.
+    gradient of its output to that of its input. What a checkpointed layer gathers to compute again stays until then: `fully_shard` does
+    not cut it again, and under zero3 what checkpointing saves for the backward pass holds the whole weights.
 
     Args:
-        way: units (of `fully_shard`: what a checkpointed one gathers to compute again stays for its backward pass) or leaves.
+        way: its name.
         sizes: bytes by module.
     """
 
     def __init__(self, count: _Count, way: str, sizes: dict[nn.Module, int]):
-        self._count, self._way, self._sizes, self._stay = count, way, sizes, way == "units"
+        self._count, self._way, self._sizes = count, way, sizes
         self._held: set[nn.Module] = set()
         self.backward = False
 
@@ -203,8 +204,6 @@ class _Gathering:
 
     def _leave(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         if self.backward:
-            if not self._stay:
-                self._let_go(module)
             return
         self._let_go(module)
         first = output if isinstance(output, Tensor) else output[0]
