@@ -37,9 +37,11 @@ class QuantisedLinear(nn.Linear):
 
     def __init__(self, linear: NamedLinear, bits: int):
         with torch.device("meta"):
-            super().__init__(*linear.weight_OI.shape[::-1], bias=False, dtype=linear.weight_OI.dtype)
+            O, I = linear.weight_OI.shape
+            super().__init__(I, O, bias=False, dtype=linear.weight_OI.dtype)
         self.weight.requires_grad_(False)
-        self.bias, self.bits = linear.module.bias, bits
+        self.register_parameter("bias", linear.module._parameters["bias"])
+        self.bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.weight, self.bits)

@@ -250,7 +250,8 @@ def _half(linear: NamedLinear, block: int) -> BlockMask:
 
 
 def _with_adapter(config: RunConfig, blueprint: Blueprint, base: Any, pattern: Pattern | None, linears: list[str]) -> Any:
-    args, task, targets = config.adapter, {}, config.adapter.target_modules
+    args, targets = config.adapter, config.adapter.target_modules
+    task: dict[str, Any] = {}
     heads = blueprint.heads(base)
     if heads:
         task, targets = {"task_type": "SEQ_CLS", "modules_to_save": heads}, class_targets(linears, targets)

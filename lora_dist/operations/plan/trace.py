@@ -276,7 +276,8 @@ def trace(
         with torch.autograd.set_multithreading_enabled(False), _Allocations(count, known, vocabulary, not padded):
             total = loss()
             if train:
-                for each in (*gatherings, phases):
+                phases.backward = True
+                for each in gatherings:
                     each.backward = True
                 (total / 2.0).backward()
     return count.peaks
