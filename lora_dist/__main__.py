@@ -22,6 +22,7 @@ VERBS = {
     "generate": "continue a prompt",
     "classify": "label texts with a classifier",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a model card",
+    "plan": "will a run fit, how fast, and how is it started: from its configuration alone",
     "submit": "check a training run and queue it under Slurm, to be requeued until it is complete",
     "rendezvous": "hold the meeting point of an elastic run, outside of its machines",
     "doctor": "examine this machine before a run: versions, GPUs, disk, network, collectives, strategies; with remedies",

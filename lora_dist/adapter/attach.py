@@ -137,6 +137,9 @@ def attach_adapter(
     )  # fmt: skip
     with _without_pefts_own_warnings():
         wrapped = get_peft_model(model, config)
+    for name, parameter in wrapped.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)  # AdaLoRA's count of ranks, which PEFT makes trainable where the base is not on a CPU
     if isinstance(config, IA3Config) and targets == "all-linear":
         # PEFT has put every linear's own name for all-linear, and reads such a file only if these are names from among them.
         config.feedforward_modules = {name for name, layer in lora_layers(wrapped) if layer.is_feedforward}
@@ -157,7 +160,7 @@ def _start_magnitudes(model: PeftModel, weight_OI: Callable[[str], Tensor] | Non
         if weight_OI is not None:
             norm_O = torch.linalg.vector_norm(weight_OI(name).float(), dim=1)
             magnitude.copy_(torch.where(norm_O > 0, norm_O, torch.ones_like(norm_O)) if masked else norm_O)
-        if not masked and not bool((magnitude > 0).all()):
+        if not masked and not magnitude.is_meta and not bool((magnitude > 0).all()):
             raise UserError(
                 f"adapter.type: found dora with adapter.mask none, but row {int((magnitude > 0).long().argmin())} of {name} is all zeros and "
                 "DoRA divides by its norm: set adapter.mask auto, or another type"

@@ -15,7 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from lora_dist.adapter.dora import BlockDoraVariant
-from lora_dist.adapter.product import masked_delta, masked_product
+from lora_dist.adapter.product import masked_delta, masked_product, without_autocast
 from lora_dist.blocks import BlockMask, Mask, Pattern, is_transposed
 
 
@@ -119,7 +119,7 @@ class BlockLoraLinear(LoraLinear):
         A_RI, B_OR = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         mask, scale = self.lora_mask[adapter], self.scaling[adapter]
         if mask is None:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 return nn.functional.linear(nn.functional.linear(x, A_RI.to(x.dtype)), B_OR.to(x.dtype)) * scale
         factorised = is_factorised(self.lora_form[adapter], mask, self.r[adapter], x)
         return masked_product(x, A_RI, B_OR, self.lora_kept[adapter], mask.block, scale, factorised=factorised)

@@ -16,6 +16,7 @@ the masked delta are computed again from them. Called by `adapter/layer.py`; for
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_dist.blocks import unpack_bits
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Products inside are in the dtype of their inputs. The meta device, on which runs are planned, has no autocast to turn off."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _pad_last(tensor: Tensor, block: int) -> Tensor:
@@ -158,6 +164,6 @@ def masked_product(x: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: i
         raise ValueError("form: found factorised with an element mask, expected dense (only whole tiles factorise)")
     function = _Factorised if factorised else _Dense
     x_TI = x.reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):  # the caller has cast x already
+    with without_autocast(x):  # the caller has cast x already
         y_TO = function.apply(x_TI, A_RI, B_OR, kept, block, scale)
     return y_TO.view(*x.shape[:-1], -1)

@@ -10,6 +10,7 @@ from lora_dist.arguments.generation import GenerateArgs, SamplingArgs
 from lora_dist.arguments.hub import PushArgs
 from lora_dist.arguments.models import ConvertArgs, ExportArgs, InspectArgs, MergeArgs, PruneArgs
 from lora_dist.arguments.operations import DoctorArgs, RendezvousArgs, SubmitArgs
+from lora_dist.arguments.planning import PlanArgs
 from lora_dist.arguments.quantised import QuantisedArgs
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "GenerateArgs",
     "InspectArgs",
     "MergeArgs",
+    "PlanArgs",
     "PruneArgs",
     "PushArgs",
     "QuantisedArgs",

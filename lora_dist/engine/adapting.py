@@ -6,13 +6,14 @@ Called by `engine/setup.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_dist.adapter import adapter_type, attach_adapter, read_adapter_config
+from lora_dist.adapter.heads import class_targets, float_heads
 from lora_dist.blocks import Pattern
 from lora_dist.config import RunConfig
 from lora_dist.engine.base import BaseAndPattern
@@ -48,7 +49,7 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
     targets = args.target_modules
     if opened.base.heads:
         task = {"task_type": "SEQ_CLS", "modules_to_save": opened.base.heads, **task}
-        targets = class_targets(opened, targets)
+        targets = class_targets([linear.name for linear in opened.linears], targets)
     torch.manual_seed(config.train.seed)
     model = attach_adapter(
         opened.base.model,
@@ -74,36 +75,6 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
-
-
-def class_targets(opened: BaseAndPattern, wanted: Sequence[str]) -> list[str]:
-    """Linears of a classifier by their whole names: all-linear is those of the layers (the head is trained whole), and `dense` the
-    attention's output, as LoRA's guides for BERT mean it."""
-    names = [linear.name for linear in opened.linears]
-    if list(wanted) == ["all-linear"]:
-        return names
-    attention = [name for name in names if name.endswith("attention.output.dense")]
-    found = []
-    for target in wanted:
-        inside = attention if target == "dense" and attention else [n for n in names if n == target or n.endswith(f".{target}")]
-        found += inside or [target]
-    return list(dict.fromkeys(found))
-
-
-def float_heads(model: Any) -> None:
-    """Hold what is trained whole in float32, and feed it that, whatever the base computes in."""
-    for module in model.modules():
-        held = getattr(module, "modules_to_save", None)
-        if not isinstance(held, torch.nn.ModuleDict):
-            continue
-        if any(parameter.dtype != torch.float32 for parameter in held.parameters()):
-            held.float()
-            for each in held.values():
-                each.register_forward_pre_hook(_to_float)
-
-
-def _to_float(_module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def _weight_reader(opened: BaseAndPattern) -> Callable[[str], Tensor] | None:

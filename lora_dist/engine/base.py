@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_dist.blocks import Guard, NamedLinear, Pattern, Piece
 from lora_dist.engine.pattern import FoundPattern, base_pattern
 from lora_dist.log import UserError
-from lora_dist.models.architecture import decoder_layers, prunable_linears
+from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.heads import HeadSpec
 from lora_dist.models.loading import BaseSource, LoadedBase, load_whole, open_base
 from lora_dist.models.quantised import DequantisedReader, Quantisation, QuantisedReader, codes, quantised_layers, state_tensors
@@ -204,12 +204,3 @@ def make_guard(
     world.agree(problem)
     assert guard is not None
     return guard
-
-
-def shard_units(model: Any) -> list[nn.Module]:
-    """What is gathered and freed as one: each decoder layer; embedding and head too, where each has its own weight."""
-    units = list(decoder_layers(model)[1])
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if getattr(head, "weight", None) is not None and head.weight is not embedding.weight:
-        units += [embedding, head]
-    return units

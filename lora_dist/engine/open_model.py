@@ -18,8 +18,9 @@ from lora_dist.adapter import (
 )
 from lora_dist.arguments import QuantisedArgs
 from lora_dist.blocks import NamedLinear
-from lora_dist.engine.base import load_for, shard_units
+from lora_dist.engine.base import load_for
 from lora_dist.engine.pattern import FoundPattern
+from lora_dist.models.architecture import shard_units
 from lora_dist.models.heads import HeadSpec
 from lora_dist.models.loading import LoadedBase
 from lora_dist.models.quantised import Quantisation, quantisation_of

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from lora_dist.config import ModelArgs, RunConfig, TrainArgs
-from lora_dist.engine.base import BaseAndPattern, shard_units
+from lora_dist.engine.base import BaseAndPattern
 from lora_dist.engine.batch import BatchPlan
 from lora_dist.engine.task import Task
 from lora_dist.log import UserError
+from lora_dist.models.architecture import shard_units
 from lora_dist.parallel import AdamWArgs, LossScale, Replicated, Strategy, World, launch_problems
 from lora_dist.parallel.ds_config import RunFacts, resolve_strategy, zero_config
 

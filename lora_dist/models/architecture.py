@@ -7,6 +7,8 @@ the repeated blocks, not for names. Called by `engine/` (prune, setup).
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from lora_dist.blocks import NamedLinear, find_linears
@@ -53,3 +55,12 @@ def prunable_linears(model: nn.Module) -> list[NamedLinear]:
     """The linears of the decoder layers, in order; never the head or the embeddings. Raises as `decoder_layers`."""
     prefix, layers = decoder_layers(model)
     return [linear for i, layer in enumerate(layers) for linear in find_linears(layer, f"{prefix}.{i}")]
+
+
+def shard_units(model: Any) -> list[nn.Module]:
+    """What is gathered and freed as one: each decoder layer; embedding and head too, where each has its own weight."""
+    units = list(decoder_layers(model)[1])
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if getattr(head, "weight", None) is not None and head.weight is not embedding.weight:
+        units += [embedding, head]
+    return units

@@ -122,7 +122,7 @@ def open_base(
     _require_model(source_dir, name_or_path)
     config_from = _config_source(source_dir, name_or_path, config_name)
     tokenizer_from = _tokenizer_source(source_dir, name_or_path, config_name, trust_remote_code)
-    config = _load_config(config_from, attn_implementation, trust_remote_code)
+    config = load_config(config_from, attn_implementation, trust_remote_code)
     tokenizer = load_tokenizer(tokenizer_from.folder, tokenizer_from.name, trust_remote_code=trust_remote_code)
     if head is None and _is(config, "ForSequenceClassification"):
         head = HeadSpec()
@@ -194,7 +194,7 @@ def load_whole(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | N
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A directory, and what the user called it."""
 
     folder: Path
@@ -209,9 +209,9 @@ def _require_model(source_dir: Path, name: str) -> None:
     weight_files(source_dir)
 
 
-def _config_source(source_dir: Path, name: str, config_name: str | None) -> _Place:
+def _config_source(source_dir: Path, name: str, config_name: str | None) -> Place:
     if (source_dir / "config.json").is_file():
-        return _Place(source_dir, name)
+        return Place(source_dir, name)
     if config_name is None:
         raise UserError(
             f"{_MODEL_KEY}: {name} has no config.json; give the model that it was made from as {_CONFIG_KEY} (--config_name)"
@@ -219,10 +219,10 @@ def _config_source(source_dir: Path, name: str, config_name: str | None) -> _Pla
     folder = resolve(config_name, _CONFIG_KEY, weights=False)
     if not (folder / "config.json").is_file():
         raise UserError(f"{_CONFIG_KEY}: found no config.json in {config_name} either, which {name} needs")
-    return _Place(folder, config_name)
+    return Place(folder, config_name)
 
 
-def _tokenizer_source(source_dir: Path, name: str, config_name: str | None, trust_remote_code: bool) -> _Place:
+def _tokenizer_source(source_dir: Path, name: str, config_name: str | None, trust_remote_code: bool) -> Place:
     # Code that comes with a model may read a vocabulary under any name.
     looked_for = TOKENIZER_FILES + (("tokenizer_config.json",) if trust_remote_code else ())
 
@@ -230,7 +230,7 @@ def _tokenizer_source(source_dir: Path, name: str, config_name: str | None, trus
         return any((folder / file).is_file() for file in looked_for)
 
     if has_tokenizer(source_dir):
-        return _Place(source_dir, name)
+        return Place(source_dir, name)
     if config_name is None:
         raise UserError(
             f"{_MODEL_KEY}: {name} has no tokenizer (looked for {', '.join(looked_for)}); give the model that it was made "
@@ -239,7 +239,7 @@ def _tokenizer_source(source_dir: Path, name: str, config_name: str | None, trus
     folder = resolve(config_name, _CONFIG_KEY, weights=False)
     if not has_tokenizer(folder):
         raise UserError(f"{_CONFIG_KEY}: found no tokenizer in {config_name} either (looked for {', '.join(looked_for)})")
-    return _Place(folder, config_name)
+    return Place(folder, config_name)
 
 
 def _line(error: Exception) -> str:
@@ -247,7 +247,8 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _load_config(place: _Place, attn_implementation: str | None, trust_remote_code: bool) -> Any:
+def load_config(place: Place, attn_implementation: str | None, trust_remote_code: bool) -> Any:
+    """transformers' configuration of a directory. Raises UserError where config.json cannot be used."""
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         with quiet_transformers():
