@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.adapter.config import PatternConfig
+from lora_dist.adapter.config import PatternConfig, over_quantised
+from lora_dist.adapter.dora import base_weight
 from lora_dist.adapter.kinds import ADAPTER_TYPES, make_config, respects_pattern
 from lora_dist.adapter.updates import lora_layers
 from lora_dist.blocks import MASK_FILE, Pattern, find_linears
@@ -136,7 +137,7 @@ def attach_adapter(
         base_fingerprint=base_fingerprint,
     )  # fmt: skip
     with _without_pefts_own_warnings():
-        wrapped = get_peft_model(model, config)
+        wrapped = get_peft_model(model, over_quantised(config, model))
     if isinstance(config, IA3Config) and targets == "all-linear":
         # PEFT has put every linear's own name for all-linear, and reads such a file only if these are names from among them.
         config.feedforward_modules = {name for name, layer in lora_layers(wrapped) if layer.is_feedforward}
@@ -154,12 +155,18 @@ def _start_magnitudes(model: PeftModel, weight_OI: Callable[[str], Tensor] | Non
     """
     for name, layer in lora_layers(model):
         magnitude = layer.lora_magnitude_vector["default"].weight
+        if weight_OI is None and masked:
+            continue
         if weight_OI is not None:
-            norm_O = torch.linalg.vector_norm(weight_OI(name).float(), dim=1)
-            magnitude.copy_(torch.where(norm_O > 0, norm_O, torch.ones_like(norm_O)) if masked else norm_O)
-        if not masked and not bool((magnitude > 0).all()):
+            weight = weight_OI(name)
+        else:
+            weight = base_weight(layer.get_base_layer())
+            weight = weight.T if layer.fan_in_fan_out else weight
+        norm_O = torch.linalg.vector_norm(weight.float(), dim=1)
+        magnitude.copy_(torch.where(norm_O > 0, norm_O, torch.ones_like(norm_O)) if masked else norm_O)
+        if not masked and not bool((norm_O > 0).all()):
             raise UserError(
-                f"adapter.type: found dora with adapter.mask none, but row {int((magnitude > 0).long().argmin())} of {name} is all zeros and "
+                f"adapter.type: found dora with adapter.mask none, but row {int((norm_O > 0).long().argmin())} of {name} is all zeros and "
                 "DoRA divides by its norm: set adapter.mask auto, or another type"
             )
 
@@ -372,7 +379,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
             raise GuardError(f"adapter: {folder} has another pattern than the base: {difference}")
     try:
         with _without_pefts_own_warnings():
-            loaded = PeftModel.from_pretrained(model, str(folder), config=config)
+            loaded = PeftModel.from_pretrained(model, str(folder), config=over_quantised(config, model))
     except (RuntimeError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, UserError):
             raise
