@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lora_dist.adapter.config import PatternConfig, over_quantised
 from lora_dist.adapter.dora import base_weight
 from lora_dist.adapter.kinds import ADAPTER_TYPES, make_config, respects_pattern
+from lora_dist.adapter.principal import doubled, file_metadata, is_principal, start_from_principal
 from lora_dist.adapter.updates import lora_layers
 from lora_dist.blocks import MASK_FILE, Pattern, find_linears
 from lora_dist.log import GuardError, UserError
@@ -103,7 +104,7 @@ def attach_adapter(
         pattern: what the update must respect; None for a stock PEFT adapter. IA3 respects any and is a stock one always.
         form: factorised, dense or auto; how a masked update is computed.
         adapter_type: lora, dora, adalora or ia3.
-        init_lora_weights: true or gaussian; `lora_B` is zero either way, so that the start is the base itself.
+        init_lora_weights: true or gaussian, where `lora_B` is zero; pissa or pissa_niter_N (`principal.py`). All start from the base.
         adalora: PEFT's fields of that name, those that are not at their defaults.
         feedforward_modules: of IA3; empty takes what PEFT knows for this architecture, `none` none.
         weight_OI: reads a base weight by its linear's name, where the model holds placeholders only.
@@ -122,20 +123,20 @@ def attach_adapter(
     common: dict[str, Any] = {"target_modules": targets, "task_type": task_type}
     if modules_to_save:
         common["modules_to_save"] = list(modules_to_save)
+    lora: dict[str, Any] = {
+        "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora, "init_lora_weights": init_lora_weights
+    }  # fmt: skip
     config = make_config(
         model,
         adapter_type,
         pattern,
         common,
-        lora={
-            "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
-            "init_lora_weights": init_lora_weights,
-        },
+        lora=doubled(lora) if is_principal(init_lora_weights) else lora,
         adalora=adalora or {},
         feedforward_modules=feedforward_modules,
         form=form,
         base_fingerprint=base_fingerprint,
-    )  # fmt: skip
+    )
     with _without_pefts_own_warnings():
         wrapped = get_peft_model(model, over_quantised(config, model))
     if isinstance(config, IA3Config) and targets == "all-linear":
@@ -143,6 +144,8 @@ def attach_adapter(
         config.feedforward_modules = {name for name, layer in lora_layers(wrapped) if layer.is_feedforward}
     if adapter_type == "dora":
         _start_magnitudes(wrapped, weight_OI, masked=pattern is not None)
+    if is_principal(init_lora_weights):
+        start_from_principal(wrapped, str(init_lora_weights), weight_OI)
     return wrapped
 
 
@@ -199,7 +202,7 @@ def save_adapter(
     inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
-    save_file(dict(tensors), str(folder / ADAPTER_FILE), metadata={"format": "pt"})
+    save_file(dict(tensors), str(folder / ADAPTER_FILE), metadata=file_metadata(model))
     quantised = getattr(model.get_base_model().config, "quantization_config", None)
     if quantised is not None:
         (folder / QUANTISATION_FILE).write_text(json.dumps(quantised, indent=2), encoding="utf-8")
