@@ -7,14 +7,15 @@ PYTHON=${PYTHON:-python}
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 [ -d "$out/pruned" ] || "$PYTHON" -m lora_dist prune "$model" "$out/pruned" --sparsity 0.5 --score magnitude >"$out/prune.txt"
-for kind in ${KINDS:-lora dora adalora ia3}; do
-    options=()
-    [ "$kind" = adalora ] && options=(--adapter.tinit=10 --adapter.tfinal=20)
-    [ "$kind" = ia3 ] && options=(--train.learning_rate=3e-2) || options+=(--adapter.lora_dropout=0)
+for kind in ${KINDS:-lora pissa dora adalora ia3}; do
+    options=(--adapter.type="${kind/pissa/lora}")
+    [ "$kind" = pissa ] && options+=(--adapter.init_lora_weights=pissa)
+    [ "$kind" = adalora ] && options+=(--adapter.tinit=10 --adapter.tfinal=20)
+    [ "$kind" = ia3 ] && options+=(--train.learning_rate=3e-2) || options+=(--adapter.lora_dropout=0)
     "$PYTHON" -m lora_dist train --model.name_or_path="$out/pruned" --data.dataset_name="$text" --data.block_size=256 \
         --data.document_separator='<|endoftext|>' --data.special_tokens=bos --data.holdout_windows=100 --train.output_dir="$out/$kind" \
         --train.max_steps="$steps" --train.per_device_train_batch_size=8 --train.per_device_eval_batch_size=8 --train.learning_rate=3e-3 \
-        --train.eval_steps="$steps" --train.save_strategy=no --train.load_best_model_at_end=false --train.logging_steps=10 --adapter.type="$kind" "${options[@]}" >"$out/$kind.txt"
+        --train.eval_steps="$steps" --train.save_strategy=no --train.load_best_model_at_end=false --train.logging_steps=10 "${options[@]}" >"$out/$kind.txt"
     "$PYTHON" -m lora_dist merge "$out/pruned" "$out/$kind" "$out/$kind-merged" >"$out/$kind-merge.txt"
     "$PYTHON" - "$out" "$kind" <<'PYTHON_END'
 import json, sys

@@ -27,6 +27,7 @@ from lora_dist.adapter.attach import (
 from lora_dist.adapter.config import PEFT_TYPE, BlockLoraConfig, BlockLoraModel, PatternConfig, register
 from lora_dist.adapter.kinds import ADAPTER_TYPES, adapter_type, describe
 from lora_dist.adapter.layer import BlockLoraLinear
+from lora_dist.adapter.principal import asked, is_principal, read_frozen_rank
 from lora_dist.adapter.product import masked_delta, masked_product
 from lora_dist.adapter.updates import (
     bias_update,
@@ -56,12 +57,14 @@ __all__ = [
     "adapter_identity",
     "adapter_tensors",
     "adapter_type",
+    "asked",
     "attach_adapter",
     "bias_update",
     "count_parameters",
     "describe",
     "is_adapter_parameter",
     "is_masked",
+    "is_principal",
     "layer_update",
     "load_adapter",
     "load_adapter_tensors",
@@ -72,6 +75,7 @@ __all__ = [
     "merge_adapter",
     "read_adapter_config",
     "read_adapter_tensors",
+    "read_frozen_rank",
     "read_labels",
     "read_quantisation",
     "save_adapter",

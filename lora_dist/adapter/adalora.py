@@ -95,7 +95,8 @@ class BlockAdaLoraModel(AdaLoraModel):
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BlockSVDLinear) else target
         weight = base.weight
-        shape = (weight.shape[1], weight.shape[0]) if is_transposed(base) else (weight.shape[0], weight.shape[1])
+        # A quantised weight is packed: its linear knows the shape.
+        shape = (weight.shape[1], weight.shape[0]) if is_transposed(base) else (base.out_features, base.in_features)
         mask = layer_mask(lora_config.pattern, current_key, shape)
         if isinstance(target, BlockSVDLinear):
             target.update_layer(adapter_name, lora_config.init_r, lora_config.lora_alpha, config=lora_config)

@@ -19,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.adapter.config import PatternConfig
+from lora_dist.adapter.config import PatternConfig, over_quantised
+from lora_dist.adapter.dora import base_weight
 from lora_dist.adapter.kinds import ADAPTER_TYPES, make_config, respects_pattern
+from lora_dist.adapter.principal import doubled, file_metadata, is_principal, start_from_principal
 from lora_dist.adapter.updates import lora_layers
 from lora_dist.blocks import MASK_FILE, Pattern, find_linears
 from lora_dist.log import GuardError, UserError
@@ -102,7 +104,7 @@ def attach_adapter(
         pattern: what the update must respect; None for a stock PEFT adapter. IA3 respects any and is a stock one always.
         form: factorised, dense or auto; how a masked update is computed.
         adapter_type: lora, dora, adalora or ia3.
-        init_lora_weights: true or gaussian; `lora_B` is zero either way, so that the start is the base itself.
+        init_lora_weights: true or gaussian, where `lora_B` is zero; pissa or pissa_niter_N (`principal.py`). All start from the base.
         adalora: PEFT's fields of that name, those that are not at their defaults.
         feedforward_modules: of IA3; empty takes what PEFT knows for this architecture, `none` none.
         weight_OI: reads a base weight by its linear's name, where the model holds placeholders only.
@@ -121,22 +123,22 @@ def attach_adapter(
     common: dict[str, Any] = {"target_modules": targets, "task_type": task_type}
     if modules_to_save:
         common["modules_to_save"] = list(modules_to_save)
+    lora: dict[str, Any] = {
+        "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora, "init_lora_weights": init_lora_weights
+    }  # fmt: skip
     config = make_config(
         model,
         adapter_type,
         pattern,
         common,
-        lora={
-            "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "use_rslora": use_rslora,
-            "init_lora_weights": init_lora_weights,
-        },
+        lora=doubled(lora) if is_principal(init_lora_weights) else lora,
         adalora=adalora or {},
         feedforward_modules=feedforward_modules,
         form=form,
         base_fingerprint=base_fingerprint,
-    )  # fmt: skip
+    )
     with _without_pefts_own_warnings():
-        wrapped = get_peft_model(model, config)
+        wrapped = get_peft_model(model, over_quantised(config, model))
     for name, parameter in wrapped.named_parameters():
         if ".ranknum." in name:
             parameter.requires_grad_(False)  # AdaLoRA's count of ranks, which PEFT makes trainable where the base is not on a CPU
@@ -145,6 +147,8 @@ def attach_adapter(
         config.feedforward_modules = {name for name, layer in lora_layers(wrapped) if layer.is_feedforward}
     if adapter_type == "dora":
         _start_magnitudes(wrapped, weight_OI, masked=pattern is not None)
+    if is_principal(init_lora_weights):
+        start_from_principal(wrapped, str(init_lora_weights), weight_OI)
     return wrapped
 
 
@@ -157,12 +161,18 @@ def _start_magnitudes(model: PeftModel, weight_OI: Callable[[str], Tensor] | Non
     """
     for name, layer in lora_layers(model):
         magnitude = layer.lora_magnitude_vector["default"].weight
+        if weight_OI is None and masked:
+            continue
         if weight_OI is not None:
-            norm_O = torch.linalg.vector_norm(weight_OI(name).float(), dim=1)
-            magnitude.copy_(torch.where(norm_O > 0, norm_O, torch.ones_like(norm_O)) if masked else norm_O)
-        if not masked and not magnitude.is_meta and not bool((magnitude > 0).all()):
+            weight = weight_OI(name)
+        else:
+            weight = base_weight(layer.get_base_layer())
+            weight = weight.T if layer.fan_in_fan_out else weight
+        norm_O = torch.linalg.vector_norm(weight.float(), dim=1)
+        magnitude.copy_(torch.where(norm_O > 0, norm_O, torch.ones_like(norm_O)) if masked else norm_O)
+        if not masked and not norm_O.is_meta and not bool((norm_O > 0).all()):
             raise UserError(
-                f"adapter.type: found dora with adapter.mask none, but row {int((magnitude > 0).long().argmin())} of {name} is all zeros and "
+                f"adapter.type: found dora with adapter.mask none, but row {int((norm_O > 0).long().argmin())} of {name} is all zeros and "
                 "DoRA divides by its norm: set adapter.mask auto, or another type"
             )
 
@@ -195,7 +205,7 @@ def save_adapter(
     inference_mode, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = inference_mode
-    save_file(dict(tensors), str(folder / ADAPTER_FILE), metadata={"format": "pt"})
+    save_file(dict(tensors), str(folder / ADAPTER_FILE), metadata=file_metadata(model))
     quantised = getattr(model.get_base_model().config, "quantization_config", None)
     if quantised is not None:
         (folder / QUANTISATION_FILE).write_text(json.dumps(quantised, indent=2), encoding="utf-8")
@@ -375,7 +385,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
             raise GuardError(f"adapter: {folder} has another pattern than the base: {difference}")
     try:
         with _without_pefts_own_warnings():
-            loaded = PeftModel.from_pretrained(model, str(folder), config=config)
+            loaded = PeftModel.from_pretrained(model, str(folder), config=over_quantised(config, model))
     except (RuntimeError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import hf_hub_download
-from peft import LoraConfig, LoraModel
+from peft import LoraConfig, LoraModel, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -113,6 +113,15 @@ class BlockLoraConfig(PatternConfig):
         super().__post_init__()
         self.peft_type = PEFT_TYPE
         self._register_custom_module({nn.Linear: BlockLoraLinear, Conv1D: BlockLoraLinear})
+
+
+def over_quantised(config: PeftConfig, model: Any) -> PeftConfig:
+    """`config` for `model`: plain DoRA on a quantised base gets this project's layer, in memory only. PEFT's own asks int8 for scales
+    that the layer holds elsewhere by then, and 4-bit weights for columns that fill rows up (`models/padded.py`)."""
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    if quantised and getattr(config, "use_dora", False) and not isinstance(config, PatternConfig):
+        config._register_custom_module({nn.Linear: BlockLoraLinear})
+    return config
 
 
 class BlockLoraModel(LoraModel):

@@ -12,12 +12,36 @@ from typing import Any
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+
+
+def base_weight(linear: Any) -> Tensor:
+    """A linear's weight as the base stores it, or de-quantised, in the precision that it is computed in.
+
+    PEFT's `dequantize_module_weight` would make another parameter of an int8 weight at every call, and does not know the columns that
+    4-bit rows are filled up with to whole blocks (`models/padded.py`).
+    """
+    if getattr(linear, "quant_state", None) is not None:
+        import bitsandbytes
+
+        return bitsandbytes.functional.dequantize_4bit(linear.weight.data, linear.quant_state)[:, : linear.in_features]
+    if type(linear.weight).__name__ == "Int8Params":
+        return dequantize_bnb_weight(linear.weight, state=linear.state)
+    return linear.weight
 
 
 class BlockDoraLayer(DoraLinearLayer):
     """The magnitudes m_O of one adapter in one layer, as PEFT's `DoraLinearLayer` names and saves them."""
+
+    def update_layer(self, *, base_layer: Any, lora_A: Tensor, lora_B: Tensor, scaling: float, **kwargs: Any) -> None:
+        """The norms to start from; ones where a quantised base is not read yet (`attach.py` sets them then)."""
+        if hasattr(base_layer, "quant_state") and base_layer.quant_state is None:
+            norm_O = torch.ones(len(lora_B), device=lora_B.device)
+        else:
+            weight = base_weight(base_layer).to(lora_A.device)
+            norm_O = self.get_weight_norm(weight.detach(), lora_B.detach() @ lora_A.detach(), scaling)
+        self.weight = nn.Parameter(norm_O, requires_grad=True)
 
     def get_weight_norm(self, weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None) -> Tensor:
         """Row norms of V, float32, 1 for a row without any weight.
@@ -47,7 +71,7 @@ class BlockDoraVariant(DoraLinearVariant):
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """`result` with the adapter's share, in x's dtype."""
         dropout, base = module.lora_dropout[active_adapter], module.get_base_layer()
-        weight = dequantize_module_weight(base)
+        weight = base_weight(base)
         if isinstance(dropout, nn.Identity) or not module.training:
             base_result = result if base.bias is None else result - base.bias
         else:

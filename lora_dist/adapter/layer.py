@@ -79,9 +79,10 @@ class BlockLoraLinear(LoraLinear):
             self.lora_mask: dict[str, Mask | None] = {}
             self.lora_form: dict[str, str] = {}
         self.fan_in_fan_out = bool(is_transposed(self.get_base_layer()))
-        mask = layer_mask(config.pattern, kwargs["target_name"], (self.out_features, self.in_features))
+        pattern = getattr(config, "pattern", None)  # a plain config has none (`config.over_quantised`)
+        mask = None if pattern is None else layer_mask(pattern, kwargs["target_name"], (self.out_features, self.in_features))
         self.lora_mask[adapter_name] = mask
-        self.lora_form[adapter_name] = config.form
+        self.lora_form[adapter_name] = getattr(config, "form", "auto")
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         if mask is not None:
             self.lora_kept[adapter_name] = kept_of(mask).to(self.lora_A[adapter_name].weight.device)

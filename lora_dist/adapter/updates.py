@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from lora_dist.adapter.dora import base_weight
 from lora_dist.blocks import Pattern
 
 
@@ -65,7 +65,7 @@ def bias_update(layer: Any) -> Tensor | None:
 
 
 def _weight_OI(layer: Any, transposed: bool) -> Tensor:
-    weight = dequantize_module_weight(layer.get_base_layer()).detach().float()
+    weight = base_weight(layer.get_base_layer()).detach().float()
     return weight.T if transposed else weight
 
 

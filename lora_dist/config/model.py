@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -62,7 +63,7 @@ class AdapterArgs:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r); of lora and dora."""
     init_lora_weights: bool | str = True
-    """First values of lora_A: true (uniform, as a linear's) or gaussian; lora_B starts at zero, the base is never changed."""
+    """Start: true (lora_A uniform) or gaussian, lora_B zero; of lora also pissa, pissa_niter_N (principal factors, base unchanged)."""
     target_r: int | None = None
     """adalora: average rank to end with (default 8)."""
     init_r: int | None = None
@@ -98,11 +99,14 @@ class AdapterArgs:
         yield from fraction("adapter", self, "lora_dropout")
         if not self.target_modules:
             yield "adapter.target_modules: found an empty list, expected module names or all-linear"
-        if self.init_lora_weights not in (True, "gaussian"):
+        principal = re.fullmatch(r"pissa(_niter_[0-9]+)?", str(self.init_lora_weights))
+        if self.init_lora_weights not in (True, "gaussian") and not principal:
             yield (
-                f"adapter.init_lora_weights: found {self.init_lora_weights}, expected true or gaussian (others change the frozen base, or "
-                "do not start from it exactly)"
+                f"adapter.init_lora_weights: found {self.init_lora_weights}, expected true, gaussian, pissa or pissa_niter_N (others change "
+                "the frozen base, or do not start from it)"
             )
+        if principal and self.type == "dora":
+            yield f"adapter.init_lora_weights: found {self.init_lora_weights} with adapter.type dora, expected true or gaussian"
         yield from self._of_other_types()
         yield from self._adalora_problems()
         targets = self.target_modules

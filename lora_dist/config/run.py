@@ -38,6 +38,11 @@ class RunConfig:
             lines.append(
                 f"train.group_by_length: found true with {other}, whose rows are all of one length, expected one of the two"
             )
+        start, decay = str(self.adapter.init_lora_weights), self.train.weight_decay
+        if decay and start.startswith("pissa"):
+            lines.append(
+                f"train.weight_decay: found {decay:g} with adapter.init_lora_weights {start}, expected 0: it would shrink frozen factors"
+            )
         classifies, metric = self.model.task_type == "SEQ_CLS", self.train.metric_for_best_model
         if classifies != (self.data.format == "classification"):
             lines.append(

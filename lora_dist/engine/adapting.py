@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_dist.adapter import adapter_type, attach_adapter, read_adapter_config
+from lora_dist.adapter import (
+    ADAPTER_FILE,
+    adapter_type,
+    asked,
+    attach_adapter,
+    is_principal,
+    read_adapter_config,
+    read_frozen_rank,
+)
 from lora_dist.adapter.heads import class_targets, float_heads
 from lora_dist.blocks import Pattern
 from lora_dist.config import RunConfig
@@ -101,7 +109,11 @@ def check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
     args, kind = config.adapter, adapter_type(then)
     pairs: list[tuple[str, Any, Any]] = [("type", kind, args.type)]
     if kind in ("lora", "dora"):
-        pairs += [(key, getattr(then, key), getattr(args, key)) for key in ("r", "lora_alpha", "use_rslora")]
+        frozen, principal = read_frozen_rank(checkpoint.adapter / ADAPTER_FILE), is_principal(args.init_lora_weights)
+        if bool(frozen) != principal:
+            pairs += [("init_lora_weights", "pissa" if frozen else "true or gaussian", args.init_lora_weights)]
+        r, alpha = asked(then, frozen)
+        pairs += [("r", r, args.r), ("lora_alpha", alpha, args.lora_alpha), ("use_rslora", then.use_rslora, args.use_rslora)]
     elif kind == "adalora":
         defaults = type(then).__dataclass_fields__
         now = {key: args.adalora.get(key, defaults[key].default) for key in (*_ADALORA, "init_r")}

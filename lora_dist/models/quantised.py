@@ -217,6 +217,7 @@ class QuantisedReader:
         storage: torch.dtype = torch.uint8,
     ):
         self._reader, self._pattern, self._quantisation, self._device = reader, pattern, quantisation, device
+        self._stands_for = DequantisedReader(reader, linears, pattern, quantisation)
         self._layers: dict[nn.Module, NamedLinear] = {}
         for linear in linears:
             layer = _empty_layer(linear, quantisation, compute_dtype, storage)
@@ -251,7 +252,8 @@ class QuantisedReader:
         return self._reader.rows(name, start, stop)
 
     def whole(self, name: str) -> Tensor:
-        return self._reader.whole(name)
+        """A parameter; of a quantised linear what it stands for, float32."""
+        return self._stands_for.whole(name)
 
     @torch.no_grad()
     def fill_quantised(self, unit: nn.Module) -> None:

@@ -22,12 +22,13 @@ from lora_dist.parallel import World
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, run
 
 ADALORA = {"adapter__init_r": 6, "adapter__target_r": 3, "adapter__tinit": 1, "adapter__tfinal": 2}
-TYPES = {"dora": {}, "adalora": ADALORA, "ia3": {}}
+PISSA = {"adapter__type": "lora", "adapter__init_lora_weights": "pissa"}
+TYPES = {"dora": {}, "adalora": ADALORA, "ia3": {}, "pissa": PISSA}
 
 
 def arguments(base: Path, text: Path, out: Path, kind: str, **changes) -> list[str]:
     common = {"adapter__type": kind, "max_steps": 8, "eval_strategy": "no", "save_strategy": "no", "learning_rate": 1e-2}
-    return options(base, text, out, **{**common, **TYPES[kind], **changes})
+    return options(base, text, out, **{**common, **TYPES.get(kind, {}), **changes})
 
 
 def train(base: Path, text: Path, out: Path, kind: str, **changes) -> None:
@@ -53,8 +54,8 @@ def test_trained_counted_stopped_and_merged(tiny_base, tiny_text, tmp_path, kind
     count = open_model(str(tiny_base), str(whole), world=World()).model
     trained = sum(t.numel() for t in adapter(whole).values())
     fresh = attach_adapter(
-        open_model(str(tiny_base), world=World()).model, pattern if kind != "ia3" else None, r=8, lora_alpha=16, adapter_type=kind,
-        adalora={k.removeprefix("adapter__"): v for k, v in TYPES[kind].items()},
+        open_model(str(tiny_base), world=World()).model, pattern if kind != "ia3" else None, r=16 if kind == "pissa" else 8, lora_alpha=16,
+        adapter_type="lora" if kind == "pissa" else kind, adalora={k.removeprefix("adapter__"): v for k, v in ADALORA.items()},
     )  # fmt: skip
     assert f"{trained:,}" in capsys.readouterr().out and trained == fresh.get_nb_trainable_parameters()[0]
     assert count is not None
@@ -67,6 +68,11 @@ def test_another_type_or_rank_on_resume_is_refused(tiny_base, tiny_text, tmp_pat
         train(tiny_base, tiny_text, tmp_path / "out", "dora", **again)
     with pytest.raises(UserError, match="adapter.init_r: was 6 when checkpoint-8 was written, found 7"):
         train(tiny_base, tiny_text, tmp_path / "out", "adalora", **{**again, "adapter__init_r": 7})
+    train(tiny_base, tiny_text, tmp_path / "pissa", "pissa", save_strategy="steps", save_steps=4)
+    with pytest.raises(UserError, match="adapter.init_lora_weights: was pissa when checkpoint-8 was written, found True"):
+        train(tiny_base, tiny_text, tmp_path / "pissa", "lora", **again, adapter__r=16, adapter__lora_alpha=32)
+    with pytest.raises(UserError, match="adapter.r: was 8 when checkpoint-8 was written, found 16"):
+        train(tiny_base, tiny_text, tmp_path / "pissa", "pissa", **again, adapter__r=16)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +82,18 @@ def test_another_type_or_rank_on_resume_is_refused(tiny_base, tiny_text, tmp_pat
         ({"adapter__type": "lora", "adapter__target_r": 4}, "adapter.target_r: found with adapter.type lora, expected adalora"),
         ({"adapter__type": "adalora", "adapter__r": 4}, "adalora's rank is init_r and target_r"),
         ({"adapter__type": "adalora", "adapter__target_r": 12}, "expected a target below the rank to start with"),
-        ({"adapter__type": "lora", "adapter__init_lora_weights": "pissa"}, "expected true or gaussian"),
+        (
+            {"adapter__type": "lora", "adapter__init_lora_weights": "olora"},
+            "found olora, expected true, gaussian, pissa or pissa_niter_N",
+        ),
+        (
+            {"adapter__type": "dora", "adapter__init_lora_weights": "pissa"},
+            "found pissa with adapter.type dora, expected true or",
+        ),
+        (
+            {"adapter__init_lora_weights": "pissa", "weight_decay": 0.1},
+            "train.weight_decay: found 0.1 with adapter.init_lora_weights pissa",
+        ),
         (
             {"adapter__type": "adalora", "parallel__strategy": "zero2"},
             "found adalora under parallel.strategy zero2, expected ddp",
@@ -96,7 +113,15 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tiny_base, tiny_te
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "kind,strategy",
-    [("adalora", "ddp"), ("dora", "fsdp2"), ("dora", "zero2"), ("ia3", "zero3")],
+    [
+        ("adalora", "ddp"),
+        ("dora", "fsdp2"),
+        ("dora", "zero2"),
+        ("ia3", "zero3"),
+        ("pissa", "fsdp2"),
+        ("pissa", "zero2"),
+        ("pissa", "zero3"),
+    ],
 )
 def test_two_processes_train_what_one_does(tiny_base, tiny_text, tmp_path, kind, strategy):
     same = {"adapter__lora_dropout": 0} if kind != "ia3" else {}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_dist.adapter import attach_adapter
 from lora_dist.arguments import MergeArgs
 from lora_dist.blocks import Pattern
 from lora_dist.cli import train as train_verb
@@ -20,6 +21,7 @@ from lora_dist.log import GuardError, UserError
 from lora_dist.models.quantised import Quantisation, quantised_layers
 from lora_dist.parallel import World
 from tests.runs import adapter, losses, options
+from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("bitsandbytes")
 SHORT = {"max_steps": 4, "eval_strategy": "no", "save_strategy": "no", "adapter__lora_dropout": 0.0}
@@ -119,6 +121,31 @@ def test_merged_keeps_zeros_and_computes_what_was_trained(trained, tiny_base, tm
     assert torch.allclose(merged, reference, atol=1e-5)
 
 
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["dora", "adalora", "ia3"])
+def test_other_types_train_and_merge_on_rows_that_are_no_whole_blocks(tiny_base, tiny_text, tmp_path, kind, bits):
+    """Widths 32 and 40 fill 4-bit blocks of 64 in part; DoRA needs the norms of the weights' own columns."""
+    rate = {"learning_rate": 3e-2} if kind == "ia3" else {"adapter__lora_dropout": 0.1}
+    held = {f"model__load_in_{bits}bit": True, "adapter__type": kind, "eval_strategy": "no", "save_strategy": "no"}
+    parsed = parse(RunConfig, options(tiny_base, tiny_text, tmp_path / "out", max_steps=3, **held, **rate), train_verb.VERB)
+    assert train_verb.run(parsed) == 0
+    report = merge(MergeArgs(str(tiny_base), str(tmp_path / "out"), str(tmp_path / "m")), World())
+    assert report.quantised is not None and report.quantised.logits_error < (1e-5 if bits == 4 else 0.1)
+    assert report.logits_error_fp32 < 1e-5
+    weights = load_file(tmp_path / "m" / "model.safetensors")
+    stored = load_file(tiny_base / "model.safetensors")
+    for name, mask in Pattern.load(tiny_base).items():
+        assert not weights[f"{name}.weight"][~mask.expand()].any()
+        assert not mask.expand().any() or not torch.equal(weights[f"{name}.weight"], stored[f"{name}.weight"])
+    opened = open_model(str(tiny_base), world=World(), quantisation=Quantisation(bits))
+    untrained = attach_adapter(opened.base.model, opened.found.pattern, r=4, lora_alpha=8, adapter_type=kind)
+    ids_BL = torch.randint(3, 99, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = untrained.eval()(ids_BL).logits
+        with untrained.disable_adapter():
+            assert torch.allclose(found, untrained(ids_BL).logits, atol=1e-4)  # starts as the quantised base itself
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -135,3 +162,15 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(tiny_text, tmp_pa
     with pytest.raises(UserError, match=message):
         train(tmp_path / "there-is-no-such-base", tiny_text, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_plain_dora_trains_on_a_quantised_base(tiny_text, tmp_path, bits):
+    """PEFT's own layer knows neither the filled-up rows of 4 bits nor where int8's scales have gone."""
+    tiny_model(vocab_size=len(tiny_tokenizer())).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    held = {f"model__load_in_{bits}bit": True, "adapter__type": "dora", "adapter__mask": "none", "max_steps": 2}
+    train(tmp_path / "base", tiny_text, tmp_path / "out", **held)
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    report = merge(MergeArgs(str(tmp_path / "base"), str(tmp_path / "out"), str(tmp_path / "m")), World())
+    assert report.quantised is not None and report.quantised.logits_error < (1e-5 if bits == 4 else 0.1)
