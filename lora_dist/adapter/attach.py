@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_dist.adapter.config import PatternConfig, over_quantised
+from lora_dist.adapter.config import PatternConfig, with_own_layers
 from lora_dist.adapter.dora import base_weight
 from lora_dist.adapter.kinds import ADAPTER_TYPES, make_config, respects_pattern
 from lora_dist.adapter.principal import doubled, file_metadata, is_principal, start_from_principal
@@ -138,7 +138,7 @@ def attach_adapter(
         base_fingerprint=base_fingerprint,
     )
     with _without_pefts_own_warnings():
-        wrapped = get_peft_model(model, over_quantised(config, model))
+        wrapped = get_peft_model(model, with_own_layers(config, model, frozen=is_principal(init_lora_weights)))
     for name, parameter in wrapped.named_parameters():
         if ".ranknum." in name:
             parameter.requires_grad_(False)  # AdaLoRA's count of ranks, which PEFT makes trainable where the base is not on a CPU
@@ -385,7 +385,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
             raise GuardError(f"adapter: {folder} has another pattern than the base: {difference}")
     try:
         with _without_pefts_own_warnings():
-            loaded = PeftModel.from_pretrained(model, str(folder), config=over_quantised(config, model))
+            loaded = PeftModel.from_pretrained(model, str(folder), config=with_own_layers(config, model))
     except (RuntimeError, OSError, SafetensorError, ValueError) as error:
         if isinstance(error, UserError):
             raise

@@ -115,12 +115,13 @@ class BlockLoraConfig(PatternConfig):
         self._register_custom_module({nn.Linear: BlockLoraLinear, Conv1D: BlockLoraLinear})
 
 
-def over_quantised(config: PeftConfig, model: Any) -> PeftConfig:
-    """`config` for `model`: plain DoRA on a quantised base gets this project's layer, in memory only. PEFT's own asks int8 for scales
-    that the layer holds elsewhere by then, and 4-bit weights for columns that fill rows up (`models/padded.py`)."""
+def with_own_layers(config: PeftConfig, model: Any, *, frozen: bool = False) -> PeftConfig:
+    """`config` for `model`: what PEFT's own layers cannot train gets this project's, in memory only; the files stay plain. That is LoRA with
+    frozen factors, and DoRA on a quantised base: it asks int8 for scales that the layer holds elsewhere by then, and 4-bit weights for
+    columns that fill rows up (`models/padded.py`)."""
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    if quantised and getattr(config, "use_dora", False) and not isinstance(config, PatternConfig):
-        config._register_custom_module({nn.Linear: BlockLoraLinear})
+    if (frozen or (quantised and getattr(config, "use_dora", False))) and not isinstance(config, PatternConfig):
+        config._register_custom_module({nn.Linear: BlockLoraLinear, Conv1D: BlockLoraLinear})
     return config
 
 

@@ -78,8 +78,10 @@ class BlockLoraLinear(LoraLinear):
             self.lora_kept = BufferDict({}, persistent=False)
             self.lora_mask: dict[str, Mask | None] = {}
             self.lora_form: dict[str, str] = {}
+            self.lora_frozen: dict[str, int] = {}
+            """how many of an adapter's last ranks get no gradient (`principal.py`)"""
         self.fan_in_fan_out = bool(is_transposed(self.get_base_layer()))
-        pattern = getattr(config, "pattern", None)  # a plain config has none (`config.over_quantised`)
+        pattern = getattr(config, "pattern", None)  # a plain config has none (`config.with_own_layers`)
         mask = None if pattern is None else layer_mask(pattern, kwargs["target_name"], (self.out_features, self.in_features))
         self.lora_mask[adapter_name] = mask
         self.lora_form[adapter_name] = getattr(config, "form", "auto")
@@ -118,6 +120,10 @@ class BlockLoraLinear(LoraLinear):
     def update(self, adapter: str, x: Tensor) -> Tensor:
         """x @ dW^T, in x's dtype; dropout is the caller's."""
         A_RI, B_OR = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        trained = A_RI.shape[0] - self.lora_frozen.get(adapter, 0)
+        if trained < A_RI.shape[0]:  # here and not by a hook on the parameter, which fully_shard puts another in the place of
+            A_RI = torch.cat([A_RI[:trained], A_RI[trained:].detach()])
+            B_OR = torch.cat([B_OR[:, :trained], B_OR[:, trained:].detach()], dim=1)
         mask, scale = self.lora_mask[adapter], self.scaling[adapter]
         if mask is None:
             with without_autocast(x):

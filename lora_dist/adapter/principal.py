@@ -5,7 +5,7 @@ base stays as it is stored, and its guard with it, so B0 A0 is taken off in the 
 
     dW = s mask . (B A - B0 A0) = s mask . [B, -B0] [A; A0]
 
-an ordinary LoRA of rank 2r whose second half is frozen: its gradients are set to zero, so AdamW leaves it alone. What is
+an ordinary LoRA of rank 2r whose second half is frozen: `BlockLoraLinear` gives it zeros as gradients, so AdamW leaves it alone. What is
 saved, in checkpoints too, is that LoRA with all its factors; plain PEFT loads and merges it where it is unmasked. The files say in their
 metadata how many of the ranks are frozen, which a resumed run needs. Called by `adapter/attach.py` and `engine/adapting.py`.
 """
@@ -50,7 +50,7 @@ def asked(config: Any, frozen: int) -> tuple[int, float]:
 
 @torch.no_grad()
 def start_from_principal(model: PeftModel, init_lora_weights: str, weight_OI: Callable[[str], Tensor] | None) -> None:
-    """Set the factors of a new adapter of `doubled` options and freeze their second half. Waits for the device.
+    """Set the factors of a new adapter of `doubled` options, in this project's own layers, and freeze their second half. Waits for the device.
 
     Args:
         init_lora_weights: see `is_principal`.
@@ -70,8 +70,7 @@ def start_from_principal(model: PeftModel, init_lora_weights: str, weight_OI: Ca
         for start, sign in ((0, 1), (rank, -1)):
             A_RI[start : start + found] = A0
             B_OR[:, start : start + found] = sign * B0
-        A_RI.register_hook(_first_rows(rank))
-        B_OR.register_hook(_first_columns(rank))
+        layer.lora_frozen["default"] = rank
 
 
 def _principal(weight_OI: Tensor, rank: int, scale: float, init_lora_weights: str) -> tuple[Tensor, Tensor]:
@@ -84,14 +83,6 @@ def _principal(weight_OI: Tensor, rank: int, scale: float, init_lora_weights: st
         U, S, V = torch.svd_lowrank(weight_OI, q=rank, niter=int(init_lora_weights.removeprefix("pissa_niter_")))
     root = (S / scale).sqrt()
     return root[:, None] * V.T, U * root
-
-
-def _first_rows(count: int) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: torch.cat([gradient[:count], torch.zeros_like(gradient[count:])])
-
-
-def _first_columns(count: int) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: torch.cat([gradient[:, :count], torch.zeros_like(gradient[:, count:])], dim=1)
 
 
 def file_metadata(model: PeftModel) -> dict[str, str]:

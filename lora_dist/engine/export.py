@@ -50,6 +50,7 @@ def export(args: ExportArgs) -> ExportReport:
         config_name=args.config_name,
         dtype=torch.float32,
         trust_remote_code=args.trust_remote_code,
+        dequantise=True,  # an adapter of a quantised base is merged into what it was trained on, as `merge` does
     )
     pattern, model, merged_error = opened.found.pattern, opened.model, None
     transposed = {linear.name for linear in opened.linears if linear.transposed}
