@@ -30,7 +30,7 @@ PROGRESS := tee -a $(VENV)/install.log | awk '\
 	/^Installing collected/ { print "  unpacking" } \
 	/^ERROR|^error/ { print } { fflush() }'
 
-.PHONY: help venv demo test test-long test-cluster matrix fuzz lint format bench measure-stories measure-wikitext measure-evaluation measure-memory hooks clean
+.PHONY: help venv demo test test-long test-cluster matrix fuzz lint format bench bench-quick bench-layer measure-stories measure-wikitext measure-evaluation measure-recovery measure-memory hooks clean
 .PHONY: train train-torchrun train-deepspeed train-fsdp train-accelerate resume eval merge
 
 help:  ## show this list
@@ -104,7 +104,7 @@ merge: need-BASE need-ADAPTER need-OUT $(STAMP)  ## add an adapter to its base (
 	@$(START) merge '$(BASE)' '$(ADAPTER)' '$(OUT)' $(ARGS)
 
 # One thread a process: two test processes on two cores; torch's own threads would only wait for each other.
-test: $(STAMP)  ## run the tests (about 13 minutes on 2 cores; ARGS='tests/blocks' for some of them)
+test: $(STAMP)  ## run the tests (ARGS='tests/blocks' for some of them)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
 test-long: $(STAMP)  ## lost machines, launchers across machines, one checkpoint under every strategy, a dozen kills (about 10 minutes)
@@ -133,7 +133,13 @@ format: $(STAMP)  ## put the code into the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP)  ## error, time and memory of the block-masked layer against plain LoRA and the dense form
+bench: $(STAMP)  ## speed and memory of training beside Trainer with PEFT and dense-masked LoRA (ARGS="out/bench --preset cpu"; about 30 minutes)
+	@$(BIN)/python scripts/bench/run.py $(if $(ARGS),$(ARGS),out/bench)
+
+bench-quick: $(STAMP)  ## ratios of speed and memory on a very small model, far from what is measured (a minute or two)
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(BIN)/python scripts/bench/run.py "$$out" --preset quick --repeats 2
+
+bench-layer: $(STAMP)  ## error, time and memory of the block-masked layer against plain LoRA and the dense form
 	@$(BIN)/python scripts/bench_layer.py $(ARGS)
 
 measure-stories: $(STAMP)  ## the README's table on stories260K (LORA_DIST_DATA names the data; about 10 minutes)
@@ -144,6 +150,9 @@ measure-wikitext: $(STAMP)  ## the README's table on wikitext2-llama (LORA_DIST_
 
 measure-evaluation: $(STAMP)  ## the README's table of whole evaluations of stories260K (LORA_DIST_DATA names the data; about 15 minutes)
 	@$(BIN)/python scripts/measure_evaluation.py $(ARGS)
+
+measure-recovery: $(STAMP)  ## the README's table of what comes back: pruning x method, both models (LORA_DIST_DATA names the data; hours; ARGS="--only stories")
+	@$(BIN)/python scripts/bench/recovery.py out/recovery $(ARGS)
 
 measure-memory: $(STAMP)  ## the README's table of memory by strategy, on a base of 1.1e9 parameters (15 GiB free; about 30 minutes)
 	@$(BIN)/python scripts/measure_memory.py $(ARGS)

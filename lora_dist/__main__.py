@@ -14,7 +14,10 @@ from lora_dist.process import end_with_parent
 VERBS = {
     "prune": "zero the least important tiles of a model",
     "train": "train a LoRA that keeps the pruned tiles zero; resume, evaluate, save",
+    "distill-cache": "compute once what the dense model predicts of a run's data, for train.distill_cache",
     "eval": "perplexity, zero-shot accuracy, speed and memory of a model or several, with or without adapters",
+    "report": "one run or several as an HTML page with curves, pattern and events",
+    "watch": "follow a run in the terminal: curves, rates, time left, warnings",
     "merge": "add an adapter to its base, every pruned tile still exactly zero",
     "export": "write a model, merged with an adapter, as ONNX, its logits and zeros checked",
     "adapters": "keep several adapters of one base in a folder: list, add, switch, merge-weighted, delete",
@@ -22,6 +25,7 @@ VERBS = {
     "generate": "continue a prompt",
     "classify": "label texts with a classifier",
     "push": "upload an adapter or a model to the Hugging Face Hub, with a model card",
+    "recipe": "prune, train, merge and evaluate in stages, by one YAML, resumable at any of them",
     "plan": "will a run fit, how fast, and how is it started: from its configuration alone",
     "submit": "check a training run and queue it under Slurm, to be requeued until it is complete",
     "rendezvous": "hold the meeting point of an elastic run, outside of its machines",
@@ -31,7 +35,7 @@ VERBS = {
 
 
 def _usage() -> str:
-    rows = "\n".join(f"  {name:<12}{text}" for name, text in VERBS.items())
+    rows = "\n".join(f"  {name:<15}{text}" for name, text in VERBS.items())
     return f"usage: lora-dist VERB ...   (lora-dist VERB --help for its options)\n\nverbs:\n{rows}\n\n  --version"
 
 
@@ -56,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f", did you mean {near[0]}?" if near else f", expected one of {', '.join(VERBS)}"
         print(f"lora-dist: unknown verb {verb}{hint}", file=sys.stderr)
         return 2
-    module = importlib.import_module(f"lora_dist.cli.{verb}")
+    module = importlib.import_module(f"lora_dist.cli.{verb.replace('-', '_')}")
     return run_reporting(f"lora-dist {verb}", lambda: module.main(rest))
 
 

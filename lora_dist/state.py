@@ -2,7 +2,7 @@
 in a run's folder that others than the run itself look for.
 
 Plain numbers and strings only. `TrainState` is written by `engine/checkpoint.py`, read and advanced by `engine/loop.py`; the names are
-`engine/`'s and `operations/attempts.py`'s.
+`engine/`'s, `operations/attempts.py`'s and `monitor/runs.py`'s.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STATE_VERSION = 1
+RUN = "run.json"
+"""who the run is"""
 STATUS = "status.json"
 """how the run stands"""
 ATTEMPTS = "attempts"
 """folder of one record a start"""
+METRICS, LOG, CONFIG = "metrics.jsonl", "train.log", "run_config.yaml"
+PATTERN = "pattern.json"
+"""picture of the pattern, coarse, for reports; the pattern itself is in the mask file"""
+POST_MORTEM = "post-mortem"
+"""folder of one record a step that was not taken"""
 CHECKPOINT_NAME = re.compile(r"checkpoint-([0-9]+)")
 """a published checkpoint's folder, and its step"""
 
@@ -39,11 +46,15 @@ class TrainState:
     num_samples: int = 0
     """samples in one epoch; with `data_digest`, what the cursor counts in"""
     data_digest: str = ""
+    teacher: str | None = None
+    """fingerprint of train.distill_from; None: nobody teaches"""
     train_time_s: float = 0.0
     """wall time spent in the loop, earlier attempts included"""
     loss_window_sum: float = 0.0
     """sum of the step losses since the last logged step"""
     loss_window_steps: int = 0
+    parts_window: dict[str, float] = field(default_factory=dict)
+    """of what the losses are made of, likewise, by name"""
     last_train_loss: float | None = None
     first_eval_loss: float | None = None
     """of the pruned model, at step 0"""
@@ -89,6 +100,8 @@ class TrainState:
     tally_correct: int = 0
     tally_rows: int = 0
     """rows that were, or were not, classified rightly"""
+    told_signs: list[str] = field(default_factory=list)
+    """what the diagnosis has told of the run, each once"""
     extra: dict[str, Any] = field(default_factory=dict)
     """room for later versions"""
 

@@ -4,12 +4,15 @@
 Forms, each with the frozen base product, forward and backward:
     base         the frozen linear alone
     plain        PEFT's own LoRA layer (unmasked)
-    factorised   block-masked, z / u form (lora_dist)
-    dense        block-masked, masked BA rebuilt in the backward pass (lora_dist)
+    own plain    lora_dist's unmasked layer, base and update in one step
+    factorised   block-masked, z / u form added to the base's product in one step
+    merged       block-masked, one product with W + masked BA (in 16 bits shown only for comparison: it rounds the update away)
+    dense        block-masked, masked BA rebuilt in the backward pass, beside the base's product
     masked BA    dense masked delta under autograd, as SQFT, MaskLoRA and PERP compute it: y = x (W + mask . BA)^T
 
 All forms are timed in turn within each round, so a machine that slows down slows them all; medians over rounds, and the ratio to
-plain. Memory is what autograd keeps for the backward pass besides parameters. Usage: python scripts/bench_layer.py [--quick] [--device cuda]
+plain. Memory is what autograd keeps for the backward pass besides parameters. Usage: python scripts/bench_layer.py [--quick] [--shared]
+[--device cuda]
 """
 
 from __future__ import annotations
@@ -27,18 +30,21 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
 from lora_dist.adapter import masked_product
-from lora_dist.adapter.layer import factorised_is_cheaper
+from lora_dist.adapter.layer import factorised_is_cheaper, merged_is_cheaper
+from lora_dist.adapter.linear import adapted_linear
 from lora_dist.blocks import BlockMask, grid
 
 BLOCK = 16
 CASES = [  # (dtype, width, tokens, rank)
-    ("float32", 512, 2048, 8),
-    ("float32", 1024, 2048, 8),
-    ("float32", 2048, 2048, 8),
-    ("float32", 4096, 1024, 16),
-    ("bfloat16", 512, 2048, 8),
-    ("bfloat16", 2048, 2048, 8),
-    ("bfloat16", 4096, 1024, 16),
+    ("float32", 512, 2048, 16),
+    ("float32", 1024, 1024, 16),
+    ("float32", 2048, 1024, 16),
+    ("float32", 2048, 1024, 8),
+    ("float32", 4096, 512, 16),
+    ("bfloat16", 512, 2048, 16),
+    ("bfloat16", 1024, 1024, 16),
+    ("bfloat16", 2048, 1024, 16),
+    ("bfloat16", 4096, 512, 16),
 ]
 QUICK = [("float32", 256, 512, 8), ("bfloat16", 256, 512, 8)]
 
@@ -71,8 +77,14 @@ class Case:
     def plain(self, x: Tensor) -> Tensor:
         return self.peft(x)
 
+    def own_plain(self, x: Tensor) -> Tensor:
+        return adapted_linear(x, self.weight, None, self.A, self.B, None, BLOCK, self.scale, merged=False)
+
     def factorised(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + masked_product(x, self.A, self.B, self.kept_PQ, BLOCK, self.scale, factorised=True)
+        return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=False)
+
+    def merged(self, x: Tensor) -> Tensor:
+        return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=True)
 
     def dense(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + masked_product(x, self.A, self.B, self.kept_PQ, BLOCK, self.scale, factorised=False)
@@ -119,17 +131,19 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(case: Case, forms: dict[str, Callable[[Tensor], Tensor]], rounds: int, device: str) -> dict[str, float]:
+def measure(
+    case: Case, forms: dict[str, Callable[[Tensor], Tensor]], rounds: int, device: str, clock: Callable[[], float]
+) -> dict[str, float]:
     """Median ms a form, interleaved."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for n in range(rounds + 1):
         for name, form in forms.items():
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             case.run(form)
             synchronise(device)
             if n:  # the first round warms up
-                times[name].append((time.perf_counter() - start) * 1e3)
+                times[name].append((clock() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -138,32 +152,40 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="two small shapes")
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shared", action="store_true", help="for a machine with other work: processor time of one thread")
     args = parser.parse_args()
+    clock = time.process_time if args.shared else time.perf_counter
+    if args.shared:
+        torch.set_num_threads(1)
     print(
-        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads; "
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {'processor time' if args.shared else 'time'}; "
         f"forward + backward of one layer, medians of {args.rounds}\n"
     )
-    print("| dtype, width, tokens, rank | base ms | plain LoRA ms | factorised ms | dense ms | masked BA ms | auto picks "
-          "| factorised / plain | saved MiB: plain, factorised, dense, masked BA | error of update, of worst gradient |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| dtype, width, tokens, rank | base ms | plain LoRA: PEFT's, own ms | factorised ms | merged ms | dense ms | masked BA ms "
+          "| auto picks | it over PEFT's plain | saved MiB: plain, own, factorised, masked BA | errors: update, worst gradient |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for name, width, tokens, rank in QUICK if args.quick else CASES:
         dtype = getattr(torch, name)
         case = Case(dtype, width, tokens, rank, args.device)
         forms = {
             "base": case.base,
             "plain": case.plain,
+            "own_plain": case.own_plain,
             "factorised": case.factorised,
+            "merged": case.merged,
             "dense": case.dense,
             "masked_ba": case.masked_ba,
         }
-        ms = measure(case, forms, args.rounds, args.device)
-        saved = [case.saved_mib(forms[f]) for f in ("plain", "factorised", "dense", "masked_ba")]
+        ms = measure(case, forms, args.rounds, args.device, clock)
+        saved = [case.saved_mib(forms[f]) for f in ("plain", "own_plain", "factorised", "masked_ba")]
         error, worst = case.error(case.factorised)
-        picks = "factorised" if factorised_is_cheaper((width, width), BLOCK, rank, dtype, args.device) else "dense"
+        merges = dtype == torch.float32 and merged_is_cheaper((width, width), tokens)
+        factorises = factorised_is_cheaper((width, width), BLOCK, rank, dtype, args.device)
+        picks = "merged" if merges else "factorised" if factorises else "dense"
         print(
-            f"| {name}, {width}, {tokens}, {rank} | {ms['base']:.1f} | {ms['plain']:.1f} | {ms['factorised']:.1f} | {ms['dense']:.1f} "
-            f"| {ms['masked_ba']:.1f} | {picks} | {ms['factorised'] / ms['plain']:.2f} | {', '.join(f'{m:.1f}' for m in saved)} "
-            f"| {error:.0e}, {worst:.0e} |",
+            f"| {name}, {width}, {tokens}, {rank} | {ms['base']:.1f} | {ms['plain']:.1f}, {ms['own_plain']:.1f} | {ms['factorised']:.1f} "
+            f"| {ms['merged']:.1f} | {ms['dense']:.1f} | {ms['masked_ba']:.1f} | {picks} | {ms[picks] / ms['plain']:.2f} "
+            f"| {', '.join(f'{m:.1f}' for m in saved)} | {error:.0e}, {worst:.0e} |",
             flush=True,
         )
     return 0

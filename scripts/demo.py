@@ -74,6 +74,7 @@ def main() -> int:
     seconds = run_steps(args, out)
     figures = evaluate_all(out)
     table(args, out, figures, seconds)
+    report(out)
     return 0
 
 
@@ -157,6 +158,16 @@ def evaluate_all(out: Path) -> dict[str, float]:
         say(f"  {name}: perplexity {figures[name]:.2f}")
     file.write_text(json.dumps(figures, indent=1))
     return figures
+
+
+def report(out: Path) -> None:
+    """The recovery as an HTML page, with the four perplexities in it."""
+    argv = [
+        sys.executable, "-m", "lora_dist", "report", str(out / "recovered"), "--output", str(out / "report.html"), "--evaluation",
+        str(out / "figures.json"), "--title", "Recovery of a pruned model", "--bands", "[]",
+    ]  # fmt: skip
+    say()
+    command(argv)
 
 
 def table(args: argparse.Namespace, out: Path, figures: dict[str, float], seconds: dict[str, float]) -> None:

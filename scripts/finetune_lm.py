@@ -96,7 +96,7 @@ def run(argv: list[str]) -> int:
             dataset_name=config.data.validation_file or config.data.dataset_name,
             dataset_config_name=config.data.dataset_config_name,
             split="validation",
-            text_column=config.data.text_column,
+            text_column=config.data.text_column or "text",
             document_separator=config.data.document_separator,
             special_tokens=config.data.special_tokens,
             cache_dir=config.data.cache_dir,

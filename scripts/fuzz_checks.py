@@ -27,7 +27,7 @@ MOMENTS = ("loading", "training", "evaluation", "inside a save", "the end")
 
 _OF_THE_ATTEMPT = {"metrics.jsonl", "train.log", "run_config.yaml", ".lock", "run.json", "status.json"}
 """files of a run folder that say when and where, and differ from run to run"""
-_TIMES = {"train_time_s", "tracker_run_id"}
+_TIMES = {"train_time_s", "tracker_run_id", "told_signs"}
 """of state.json"""
 _COMPARED = {
     "train": ("loss", "learning_rate", "grad_norm", "epoch", "tokens"),

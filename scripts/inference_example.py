@@ -25,11 +25,19 @@ EXAMPLES = (
 
 
 def _model_of(adapter: Path) -> str:
+    """The base that a run's folder names, or that an adapter by itself does (of a collection the active one)."""
+    from lora_dist.adapter import adapter_folder, read_adapter_config
+
     file = adapter / "run_config.yaml"
     try:
         return str(yaml.safe_load(file.read_text(encoding="utf-8"))["model"]["name_or_path"])
+    except FileNotFoundError:
+        named = read_adapter_config(adapter_folder(adapter)).base_model_name_or_path
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"adapter: {file} does not name the base ({error}), expected --model DIR") from error
+    if not named:
+        raise UserError(f"adapter: {adapter} does not name the base, expected --model DIR")
+    return str(named)
 
 
 def run(argv: list[str]) -> int:

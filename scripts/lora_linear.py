@@ -12,6 +12,8 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from lora_dist.adapter.heads import class_targets
+
 NAME = "default"
 
 
@@ -50,16 +52,15 @@ class LinearWithLoRA(Linear):
 def apply_lora_to_model(
     model: nn.Module, target_modules: Sequence[str] = ("query", "value"), rank: int = 8, alpha: float = 16, dropout: float = 0.0
 ) -> nn.Module:
-    """Put a LoRA on every linear whose name ends with one of `target_modules` (whole parts of it), in place.
+    """Put a LoRA on every linear whose name ends with one of `target_modules` (whole parts of it), in place. `dense` is the attention's
+    output, as in the guide's config.yaml, where a model has one.
 
     Raises:
         ValueError: no linear matches.
     """
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(f".{name}".endswith(f".{target}") for target in target_modules)
-    ]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = set(class_targets(linears, target_modules))
+    found = [name for name in linears if name in targets]
     if not found:
         raise ValueError(f"target_modules: {', '.join(target_modules)} match no linear of this model")
     for name in found:

@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_dist.__main__ import run_reporting
 from lora_dist.arguments import PruneArgs
 from lora_dist.cli.options import Verb, parse
+from lora_dist.cli.prune import run as prune
 from lora_dist.log import UserError
 
 
@@ -44,10 +45,8 @@ def run(argv: list[str]) -> int:
         *extra,
     ]
     args = parse(PruneArgs, options, Verb("main_block.py", PruneArgs.__doc__ or "", positionals=("model", "out")))
-    from lora_dist.engine.prune import prune_model
-
-    result = prune_model(args)
-    if flags.save:
+    result = prune(args)
+    if flags.save and result is not None:
         folder = Path(flags.save)
         try:
             folder.mkdir(parents=True, exist_ok=True)

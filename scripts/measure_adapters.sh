@@ -4,6 +4,7 @@
 set -euo pipefail
 model=$1 text=$2 out=$3 steps=${4:-60}
 PYTHON=${PYTHON:-python}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}  # beside other work, threads that spin make torch many times slower
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
 [ -d "$out/pruned" ] || "$PYTHON" -m lora_dist prune "$model" "$out/pruned" --sparsity 0.5 --score magnitude >"$out/prune.txt"
@@ -18,12 +19,11 @@ for kind in ${KINDS:-lora pissa dora adalora ia3}; do
         --train.eval_steps="$steps" --train.save_strategy=no --train.load_best_model_at_end=false --train.logging_steps=10 "${options[@]}" >"$out/$kind.txt"
     "$PYTHON" -m lora_dist merge "$out/pruned" "$out/$kind" "$out/$kind-merged" >"$out/$kind-merge.txt"
     "$PYTHON" - "$out" "$kind" <<'PYTHON_END'
-import json, sys
+import json, re, sys
 from pathlib import Path
-from safetensors.torch import load_file
 out, kind = Path(sys.argv[1]), sys.argv[2]
 rows = [json.loads(line) for line in (out / kind / "metrics.jsonl").read_text().splitlines()]
-count = sum(t.numel() for t in load_file(out / kind / "adapter_model.safetensors").values())
+count = int(re.search(r"Number of trainable parameters = ([\d,]+)", (out / f"{kind}.txt").read_text())[1].replace(",", ""))
 evals = [row["eval_loss"] for row in rows if "eval_loss" in row]
 merge = json.loads((out / f"{kind}-merged" / "merge.json").read_text())
 print(f"| {kind} | {count:,} | {evals[0]:.3f} | {evals[-1]:.3f} | {merge['logits_error_fp32']:.0e} | {merge['zero_tiles']:,} |", flush=True)

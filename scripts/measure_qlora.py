@@ -97,7 +97,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--out", default="outputs/qlora", help="folder for runs and qlora.json; made anew by name, nothing is removed"
+        "--out", default="out/qlora", help="folder for runs and qlora.json; made anew by name, nothing is removed"
     )
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
     parser.add_argument("--quick", action="store_true", help="4 steps")

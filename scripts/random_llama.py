@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_dist.blocks import BlockMask, Mask, Pattern, grid
 
-CONTEXT = 2048
+CONTEXT = 4096
 SHAPES: dict[str, dict[str, int]] = {
     "1.1b": {
         "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
@@ -38,9 +38,10 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
-def make_config(shape: str, dtype: str = "float32") -> LlamaConfig:
+def make_config(shape: str | dict[str, int], dtype: str = "float32") -> LlamaConfig:
+    sizes = SHAPES[shape] if isinstance(shape, str) else shape
     return LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=CONTEXT, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, dtype=dtype,
+        **sizes, max_position_embeddings=CONTEXT, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, dtype=dtype,
         architectures=["LlamaForCausalLM"],
     )  # fmt: skip
 
@@ -55,11 +56,11 @@ def count_parameters(shape: str) -> int:
     return sum(map(math.prod, parameter_shapes(make_config(shape)).values()))
 
 
-def make(folder: Path, shape: str, dtype: str) -> None:
+def make(folder: Path, shape: str | dict[str, int], dtype: str) -> None:
     """Write the model's directory, which appears whole or not at all.
 
     Args:
-        shape: one of `SHAPES`.
+        shape: one of `SHAPES`, or what `LlamaConfig` takes.
         dtype: precision that the weights are stored in.
     """
     config = make_config(shape, dtype)

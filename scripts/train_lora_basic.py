@@ -27,7 +27,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "training": {"num_epochs": 3, "batch_size": 16, "learning_rate": 3e-4, "max_length": 128, "warmup_ratio": 0.1},
     "data": {"dataset": "glue", "subset": "sst2", "train_split": "train", "eval_split": "validation"},
 }
-TOP: dict[str, Any] = {"model_name": "bert-base-uncased", "num_labels": 2, "output_dir": "output"}
+TOP: dict[str, Any] = {"model_name": "bert-base-uncased", "num_labels": None, "output_dir": "output"}
+"""num_labels: the GLUE subset's own, else 2"""
 COLUMNS = ("text_column", "text_pair_column", "label_column", "column_names")
 KEYS = {
     ("lora", "rank"): "adapter.r",
@@ -58,16 +59,26 @@ def read_config(file: str | None) -> dict[str, Any]:
         raise UserError(f"config: {file} holds {type(found).__name__}, expected keys and values")
     problems = []
     for name, value in found.items():
-        if name in DEFAULTS and isinstance(value, dict):
-            known = {*DEFAULTS[name], *(COLUMNS if name == "data" else ())}
+        if name in DEFAULTS and not isinstance(value, dict):
+            problems.append(f"config: {name} holds {value!r}, expected keys and values: {', '.join(DEFAULTS[name])}")
+        elif name in DEFAULTS:
+            known = (*DEFAULTS[name], *(COLUMNS if name == "data" else ()))
             problems += [
                 f"config: {name}.{key} is unknown, expected one of {', '.join(known)}" for key in value if key not in known
             ]
             config[name] |= value
+            problems += [
+                f"config: {name}.{key} holds nothing, expected a value" for key in value if value[key] is None and key != "subset"
+            ]
         elif name in TOP:
             config[name] = value
         else:
             problems.append(f"config: {name} is unknown, expected one of {', '.join(config)}")
+    targets = config["lora"]["target_modules"]
+    if isinstance(targets, str):
+        config["lora"]["target_modules"] = [targets]
+    elif not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        problems.append(f"config: lora.target_modules holds {targets!r}, expected a list of names")
     if problems:
         raise UserError(problems)
     return config
@@ -90,11 +101,13 @@ def to_options(argv: list[str]) -> list[str]:
     for section, key in KEYS:
         if getattr(flags, key, None) is not None:
             config[section][key] = getattr(flags, key)
-    data = config["data"]
+    data, labels = config["data"], config["num_labels"]
+    if labels is None and data["dataset"] != "glue":
+        labels = 2
     options = {
         "model.name_or_path": config["model_name"],
         "model.task_type": "SEQ_CLS",
-        "model.num_labels": config["num_labels"],
+        "model.num_labels": labels,
         "adapter.target_modules": ",".join(config["lora"]["target_modules"]),
         "data.format": "classification",
         "data.dataset_name": data["dataset"],
@@ -111,7 +124,7 @@ def to_options(argv: list[str]) -> list[str]:
         options["data.train_split"] = data["train_split"]
     if data["eval_split"] != "validation":
         options["data.validation_split"] = data["eval_split"]
-    listed = [f"--{key}={value}" for key, value in options.items()]
+    listed = [f"--{key}={value}" for key, value in options.items() if value is not None]
     if flags.push_to_hub:
         listed.append("--train.push_to_hub=true")
     if flags.hub_model_id:
@@ -121,38 +134,49 @@ def to_options(argv: list[str]) -> list[str]:
     return listed + extra
 
 
-def export_files(folder: Path) -> None:
-    """The guide's .pt files: the best adapter (which a run ends with) and that of the last step; tensors only."""
+def export_files(folder: Path, *, ends_with_best: bool) -> None:
+    """The guide's .pt files: the best adapter and that of the last step; tensors only.
+
+    Args:
+        ends_with_best: the run's own adapter is the best one (train.load_best_model_at_end), not the last.
+    """
     import torch
     from safetensors.torch import load_file
 
-    from lora_dist.engine.checkpoint import list_checkpoints
+    from lora_dist.adapter import ADAPTER_FILE, adapter_folder
+    from lora_dist.engine.checkpoint import list_checkpoints, load_checkpoint
 
-    best = load_file(str(folder / "adapter_model.safetensors"))
-    last = max(list_checkpoints(folder))[1] / "adapter" / "adapter_model.safetensors"
-    for name, tensors in (("best_lora_model", best), ("final_lora_model", load_file(str(last))), ("lora_adapter", best)):
+    best = last = load_file(str(adapter_folder(folder) / ADAPTER_FILE))
+    checkpoints = dict(list_checkpoints(folder))
+    if checkpoints and ends_with_best:
+        last = load_file(str(checkpoints[max(checkpoints)] / "adapter" / ADAPTER_FILE))
+    elif checkpoints:
+        step = load_checkpoint(checkpoints[max(checkpoints)]).state.best_step
+        best = load_file(str(checkpoints[step] / "adapter" / ADAPTER_FILE)) if step in checkpoints else best
+    for name, tensors in (("best_lora_model", best), ("final_lora_model", last), ("lora_adapter", best)):
         torch.save({"lora_state_dict": tensors}, folder / f"{name}.pt")
 
 
 def run(argv: list[str]) -> int:
     """Train, then write what the guide's readers look for."""
     config = parse(RunConfig, to_options(argv), train_verb.VERB)
-    from lora_dist.engine.folder import METRICS
     from lora_dist.engine.train import train
     from lora_dist.monitor.curves import draw_curves
     from lora_dist.monitor.epochs import EpochConsole
+    from lora_dist.state import METRICS
 
-    best: list[str] = []
+    tasks: list[Any] = []
     with train_verb.joined(config) as world:
         console = EpochConsole(enabled=world.is_main)
-        code = train(config, world, look=lambda parts: best.append(parts.task.best), argv=argv, console=console)
+        code = train(config, world, look=lambda parts: tasks.append(parts.task), argv=argv, console=console)
         if code != 0 or not world.is_main:
             return code
     folder = Path(config.train.output_dir)
     data = " ".join(filter(None, (config.data.dataset_name, config.data.dataset_config_name)))
-    measure = best[0] if best[0] != "eval_loss" else "pearson" if config.model.num_labels == 1 else "accuracy"
+    best, metrics = tasks[0].best, tasks[0].metrics
+    measure = best if best != "eval_loss" else "accuracy" if "accuracy" in metrics else metrics[0]
     draw_curves(folder / METRICS, folder / "training_curves.png", measure=measure, title=f"{config.model.name_or_path} on {data}")
-    export_files(folder)
+    export_files(folder, ends_with_best=config.train.load_best_model_at_end)
     shutil.copyfile(folder / "train.log", folder / "training_log.txt")
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left_out.append(item)
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_ranks_left_behind() -> Iterator[None]:
+    """A launcher's variables that a test leaves set would make later ones join processes that are not there."""
+    yield
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ PACKAGE = "lora_dist"
 ROOT = Path(__file__).resolve().parents[1]
 
 LEVELS = {
-    "config": 0, "arguments": 0, "state": 0, "log": 0, "process": 0,
+    "config": 0, "arguments": 0, "state": 0, "log": 0, "process": 0, "gemm": 0,
     "blocks": 1,
     "adapter": 2, "models": 2, "data": 2, "pruning": 2, "parallel": 2, "monitor": 2, "generation": 2,
     "evaluation": 3,

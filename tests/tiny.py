@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -110,3 +112,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_windows(count: int = 8, length: int = 24, *, seed: int = 0) -> torch.Tensor:
     """Random token ids (count, length), int64."""
     return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def save_dense(folder: Path, *, kind: str = "llama", seed: int = 0, layers: int = 2, **config: object) -> Path:
+    """A dense model with `tiny_tokenizer` in a directory; with seed 0 the one that the `tiny_base` of the tests was pruned from.
+
+    Args:
+        config: to be changed in the model's configuration behind its making.
+    """
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(kind, seed=seed, layers=layers, vocab_size=len(tokenizer))
+    for key, value in config.items():
+        setattr(model.config, key, value)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

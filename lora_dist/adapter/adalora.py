@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lora_dist.adapter.config import PatternConfig
 from lora_dist.adapter.layer import is_factorised, kept_of, layer_mask
 from lora_dist.adapter.product import masked_delta, masked_product
+from lora_dist.adapter.whole import TrainsWhole
 from lora_dist.blocks import Mask, is_transposed
 from lora_dist.log import UserError
 
@@ -87,7 +88,7 @@ class BlockSVDLinear(SVDLinear):
         return result.to(dtype)
 
 
-class BlockAdaLoraModel(AdaLoraModel):
+class BlockAdaLoraModel(TrainsWhole, AdaLoraModel):
     """PEFT's AdaLoRA tuner with masked layers."""
 
     def _create_and_replace(

@@ -13,34 +13,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import IA3Config, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_dist.adapter.config import PatternConfig, with_own_layers
 from lora_dist.adapter.dora import base_weight
-from lora_dist.adapter.kinds import ADAPTER_TYPES, make_config, respects_pattern
-from lora_dist.adapter.principal import doubled, file_metadata, is_principal, start_from_principal
+from lora_dist.adapter.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    BASE_FILE,
+    LABELS_FILE,
+    QUANTISATION_FILE,
+    adapter_identity,
+    read_adapter_config,
+)
+from lora_dist.adapter.kinds import make_config, respects_pattern
+from lora_dist.adapter.principal import doubled, file_metadata, frozen_elements, is_principal, start_from_principal
 from lora_dist.adapter.updates import lora_layers
+from lora_dist.adapter.whole import find_whole_parameters, put_whole_layers
 from lora_dist.blocks import MASK_FILE, Pattern, find_linears
 from lora_dist.log import GuardError, UserError
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-COLLECTION_FILE = "adapters.json"
-"""of a folder with several adapters (`adapter/collection.py`)"""
-BASE_FILE = "base.json"
-"""names the base of an IA3 adapter, whose config is PEFT's own and has no room for it"""
-LABELS_FILE = "labels.json"
-"""of a classifier: what transformers keeps of its labels in a config.json"""
-QUANTISATION_FILE = "base_quantization.json"
-"""how the base was quantised that the adapter was trained on, as transformers writes it into a config.json"""
 
-
-def check_target_modules(model: nn.Module, target_modules: Sequence[str], *, key: str = "adapter.target_modules") -> None:
+def check_target_modules(
+    model: nn.Module, target_modules: Sequence[str], *, key: str = "adapter.target_modules", whole: Sequence[str] = ()
+) -> None:
     """Every name must match a linear of the model.
+
+    Args:
+        whole: modules that are trained whole, and get no adapter.
 
     Raises:
         UserError: naming those that match nothing, and what would.
@@ -48,12 +52,13 @@ def check_target_modules(model: nn.Module, target_modules: Sequence[str], *, key
     if list(target_modules) == ["all-linear"]:
         return
     _refuse_tied_head(model, target_modules)
-    names = [linear.name for linear in find_linears(model)]
+    names = [n.name for n in find_linears(model) if not any(n.name == w or n.name.startswith(f"{w}.") for w in whole)]
     unmatched = [t for t in target_modules if not any(n == t or n.endswith(f".{t}") for n in names)]
     if unmatched:
         leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
         raise UserError(
             f"{key}: {', '.join(unmatched)} match no linear of this model, expected some of {', '.join(leaves)}, or all-linear"
+            + (f" (trained whole anyway: {', '.join(whole)})" if whole else "")
         )
 
 
@@ -97,18 +102,21 @@ def attach_adapter(
     weight_OI: Callable[[str], Tensor] | None = None,
     task_type: str = "CAUSAL_LM",
     modules_to_save: Sequence[str] = (),
+    whole_modules: Sequence[str] = (),
+    bias: str = "none",
 ) -> PeftModel:
     """Wrap `model` with a new adapter, float32, its base frozen.
 
     Args:
         pattern: what the update must respect; None for a stock PEFT adapter. IA3 respects any and is a stock one always.
         form: factorised, dense or auto; how a masked update is computed.
-        adapter_type: lora, dora, adalora or ia3.
+        adapter_type: lora, dora, adalora, ia3, or sparse_full (`sparse.py`), which needs a pattern.
         init_lora_weights: true or gaussian, where `lora_B` is zero; pissa or pissa_niter_N (`principal.py`). All start from the base.
         adalora: PEFT's fields of that name, those that are not at their defaults.
         feedforward_modules: of IA3; empty takes what PEFT knows for this architecture, `none` none.
         weight_OI: reads a base weight by its linear's name, where the model holds placeholders only.
-        modules_to_save: trained whole beside the adapter, and saved with it.
+        modules_to_save: the head of a classifier: trained whole beside the adapter, as PEFT does it, and saved with it.
+        whole_modules, bias: what else is trained whole (`whole.py`), beside a masked adapter; bias is none, lora_only or all.
 
     Returns:
         The PEFT model; `lora_A` drawn from torch's global generator.
@@ -116,7 +124,7 @@ def attach_adapter(
     Raises:
         UserError: target modules that match nothing; unmasked DoRA on a base with rows of zeros.
     """
-    check_target_modules(model, target_modules)
+    check_target_modules(model, target_modules, whole=modules_to_save)
     if feedforward_modules and list(feedforward_modules) != ["none"]:
         check_target_modules(model, feedforward_modules, key="adapter.feedforward_modules")
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
@@ -139,6 +147,8 @@ def attach_adapter(
     )
     with _without_pefts_own_warnings():
         wrapped = get_peft_model(model, with_own_layers(config, model, frozen=is_principal(init_lora_weights)))
+    if whole_modules or bias != "none":
+        _train_whole(wrapped, whole_modules, bias, pattern)
     for name, parameter in wrapped.named_parameters():
         if ".ranknum." in name:
             parameter.requires_grad_(False)  # AdaLoRA's count of ranks, which PEFT makes trainable where the base is not on a CPU
@@ -150,6 +160,18 @@ def attach_adapter(
     if is_principal(init_lora_weights):
         start_from_principal(wrapped, str(init_lora_weights), weight_OI)
     return wrapped
+
+
+def _train_whole(model: PeftModel, names: Sequence[str], bias: str, pattern: Pattern | None) -> None:
+    config = model.peft_config["default"]
+    if not isinstance(config, PatternConfig):
+        raise UserError(
+            "adapter.modules_to_save, adapter.bias: found with an adapter that respects no pattern, whose files are plain PEFT, expected a "
+            "pruned base with adapter.mask auto, block or element, and adapter.type lora, dora or adalora, or train.mode sparse_full"
+        )
+    adapted, base = [name for name, _ in lora_layers(model)], model.get_base_model()
+    config.whole_parameters = find_whole_parameters(base, names, bias, adapted=adapted, pattern=pattern)
+    put_whole_layers(base, "default", config.whole_parameters, trained=True)
 
 
 @torch.no_grad()
@@ -269,98 +291,6 @@ def _mismatches(live: Mapping[str, torch.Size], saved: Mapping[str, Tensor]) -> 
     return missing + unknown + shapes
 
 
-def adapter_folder(folder: str | Path) -> Path:
-    """Where an adapter lies that is named by its own folder, by a checkpoint, by a run that keeps it in a folder below, or by a folder of
-    several, of which it is the active one.
-
-    Raises:
-        UserError: a folder of several whose file cannot be read, or none of which is active.
-    """
-    if (Path(folder) / COLLECTION_FILE).is_file():
-        try:
-            active = json.loads((Path(folder) / COLLECTION_FILE).read_text())["active"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"adapter: {folder}/{COLLECTION_FILE} cannot be read ({type(error).__name__}: {error})") from error
-        if not active:
-            raise UserError(f"adapter: {folder} has no active adapter, expected one: lora-dist adapters switch {folder} NAME")
-        return Path(folder) / active
-    below = [file.parent for file in Path(folder).glob(f"*/{ADAPTER_CONFIG}")]
-    return below[0] if len(below) == 1 and not (Path(folder) / ADAPTER_CONFIG).is_file() else Path(folder)
-
-
-def read_quantisation(folder: str | Path) -> dict[str, Any] | None:
-    """How the base of the adapter in `folder` was quantised in training; None where it was not.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    file = Path(folder) / QUANTISATION_FILE
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"adapter: {file} cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"adapter: {file} holds {type(found).__name__}, expected how a base is quantised")
-    return found
-
-
-def read_labels(folder: str | Path) -> dict[str, Any] | None:
-    """num_labels, id2label and problem_type of a classifier's adapter; None where it is none.
-
-    Raises:
-        UserError: a file that cannot be read.
-    """
-    file = Path(folder) / LABELS_FILE
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        names = {int(number): str(name) for number, name in found["id2label"].items()}
-        return {"num_labels": int(found["num_labels"]), "id2label": names, "problem_type": found.get("problem_type")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"adapter: {file} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def read_adapter_config(folder: str | Path) -> PeftConfig:
-    """The config in an adapter folder.
-
-    Raises:
-        UserError: no such folder or file, or a kind of adapter that is not among `ADAPTER_TYPES`.
-    """
-    if not (Path(folder) / ADAPTER_CONFIG).is_file():
-        raise UserError(f"adapter: found no {ADAPTER_CONFIG} in {folder}, expected a folder that train wrote")
-    try:
-        peft_type = json.loads((Path(folder) / ADAPTER_CONFIG).read_text()).get("peft_type")
-        # Of its own class: PeftConfig's reader would leave the pattern behind.
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(folder))
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"adapter: {folder}/{ADAPTER_CONFIG} cannot be read ({type(error).__name__}: {error})") from error
-    if not isinstance(config, LoraConfig | IA3Config):
-        raise UserError(f"adapter: {folder} is of type {config.peft_type}, expected one of {', '.join(ADAPTER_TYPES)}")
-    return config
-
-
-def adapter_identity(folder: str | Path, config: PeftConfig) -> tuple[str, Pattern | None]:
-    """(fingerprint, pattern) of the base that an adapter names as its own; empty and None where it names none.
-
-    Raises:
-        UserError: files that cannot be read.
-    """
-    if isinstance(config, PatternConfig):
-        return config.base_fingerprint, config.pattern
-    if not isinstance(config, IA3Config) or not (Path(folder) / BASE_FILE).is_file():
-        return "", None
-    try:
-        fingerprint = json.loads((Path(folder) / BASE_FILE).read_text())["base_fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"adapter: {folder}/{BASE_FILE} cannot be read ({type(error).__name__}: {error})") from error
-    return fingerprint, Pattern.load(folder) if (Path(folder) / MASK_FILE).is_file() else None
-
-
 def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str | None, pattern: Pattern | None) -> PeftModel:
     """Put a saved adapter on the base it was trained on.
 
@@ -395,6 +325,16 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
     if problems:
         raise UserError(f"adapter: {folder} does not fit this base: {problems[0]} ({len(problems)} such)")
     return loaded
+
+
+def count_parameters(model: PeftModel) -> tuple[int, int]:
+    """(trained, all), what is trained whole counted once: PEFT keeps the frozen original beside it. Of factors half of which are frozen
+    (`principal.py`), the half that is trained; of deltas on weights (`sparse.py`, `whole.py`), the weights."""
+    trained, total = model.get_nb_trainable_parameters()
+    wrappers = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    twice = sum(p.numel() for wrapper in wrappers for p in wrapper.original_module.parameters())
+    twice += sum(p.numel() for name, p in model.named_parameters() if ".lora_delta." in name or ".lora_whole_" in name)
+    return trained - frozen_elements(model), total - twice
 
 
 def is_masked(model: PeftModel) -> bool:

@@ -24,8 +24,16 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora_dist.adapter.attach import ADAPTER_CONFIG, ADAPTER_FILE, COLLECTION_FILE, adapter_identity, read_adapter_config
 from lora_dist.adapter.config import PatternConfig
+from lora_dist.adapter.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    COLLECTION_FILE,
+    QUANTISATION_FILE,
+    adapter_identity,
+    read_adapter_config,
+    read_quantisation,
+)
 from lora_dist.adapter.kinds import adapter_type, describe
 from lora_dist.blocks import Pattern
 from lora_dist.log import GuardError, UserError
@@ -147,7 +155,19 @@ def merge_weighted(folder: Path, new: str, weights: Mapping[str, float], combina
     configs: dict[str, Any] = {name: read_adapter_config(folder / name) for name in weights}
     for name, config in configs.items():
         if adapter_type(config) != "lora" or getattr(config, "modules_to_save", None):
-            raise UserError(f"NAME: {name} is {describe(config)}, expected a LoRA: only the updates of LoRAs add up")
+            head = (
+                f" with modules trained whole ({', '.join(sorted(set(config.modules_to_save)))})"
+                if config.modules_to_save
+                else ""
+            )
+            raise UserError(f"NAME: {name} is {describe(config)}{head}, expected a LoRA alone: only the updates of LoRAs add up")
+    held = [read_quantisation(folder / name) for name in weights]
+    if any(each != held[0] for each in held):
+        quantised = [name for name, each in zip(weights, held, strict=True) if each is not None]
+        raise UserError(
+            f"NAME: found {', '.join(quantised)} trained on a quantised base, and others of a base that was held otherwise, expected all "
+            "alike: each corrects the weights that it was trained on"
+        )
     masked = {isinstance(config, PatternConfig) for config in configs.values()}
     if len(masked) > 1:
         raise UserError("NAME: found masked and plain LoRAs together, expected all of one form: a sum has one mask or none")
@@ -174,6 +194,8 @@ def merge_weighted(folder: Path, new: str, weights: Mapping[str, float], combina
         config.r = config.lora_alpha = rank
         config.use_rslora = False
         config.save_pretrained(str(staged))
+        if held[0] is not None:
+            (staged / QUANTISATION_FILE).write_text(json.dumps(held[0], indent=2), encoding="utf-8")
         save_file(combined, str(staged / ADAPTER_FILE), metadata={"format": "pt"})
         (staged / ADAPTER_FILE).chmod((staged / ADAPTER_CONFIG).stat().st_mode)
 

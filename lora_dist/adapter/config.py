@@ -20,7 +20,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_dist.adapter.layer import BlockLoraLinear
-from lora_dist.blocks import MASK_FILE, Pattern
+from lora_dist.adapter.whole import TrainsWhole
+from lora_dist.blocks import MASK_FILE, Pattern, block_layers
 from lora_dist.log import GuardError
 
 PEFT_TYPE = "BLOCK_LORA"
@@ -43,6 +44,9 @@ class PatternConfig(LoraConfig):
     pattern_digest: str = field(default="", metadata={"help": "Digest of the pattern that the update respects."})
     base_fingerprint: str = field(default="", metadata={"help": "Fingerprint of the base that it was trained on."})
     form: str = field(default="auto", metadata={"help": "factorised, dense or auto: how the update is computed."})
+    whole_parameters: list[str] = field(
+        default_factory=list, metadata={"help": "Parameters of the base that are trained whole beside it, as deltas."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,17 +119,29 @@ class BlockLoraConfig(PatternConfig):
         self._register_custom_module({nn.Linear: BlockLoraLinear, Conv1D: BlockLoraLinear})
 
 
+def _ordinary(config: PeftConfig) -> bool:
+    """Whether it is LoRA without any of PEFT's variants."""
+    if type(config) is not LoraConfig or config.use_dora or config.init_lora_weights not in (True, False, "gaussian"):
+        return False
+    default = LoraConfig()
+    others = (f.name for f in dataclasses.fields(config) if f.name not in _SUPPORTED)
+    return all(getattr(config, name) == getattr(default, name) for name in others)
+
+
 def with_own_layers(config: PeftConfig, model: Any, *, frozen: bool = False) -> PeftConfig:
-    """`config` for `model`: what PEFT's own layers cannot train gets this project's, in memory only; the files stay plain. That is LoRA with
-    frozen factors, and DoRA on a quantised base: it asks int8 for scales that the layer holds elsewhere by then, and 4-bit weights for
-    columns that fill rows up (`models/padded.py`)."""
+    """`config` for `model`: what PEFT's own layers cannot train, or not as fast, gets this project's, in memory only; the files stay plain. That
+    is LoRA with frozen factors; DoRA on a base that does not hold its weights as they are: PEFT asks int8 for scales that the layer holds
+    elsewhere by then, 4-bit weights for columns that fill rows up (`models/padded.py`), and kept tiles for a matrix; and ordinary LoRA on
+    weights that are not quantised (`linear.py`)."""
     quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-    if (frozen or (quantised and getattr(config, "use_dora", False))) and not isinstance(config, PatternConfig):
+    packed = quantised or bool(block_layers(model))
+    ordinary = not quantised and _ordinary(config)
+    if (frozen or ordinary or (packed and getattr(config, "use_dora", False))) and not isinstance(config, PatternConfig):
         config._register_custom_module({nn.Linear: BlockLoraLinear, Conv1D: BlockLoraLinear})
     return config
 
 
-class BlockLoraModel(LoraModel):
+class BlockLoraModel(TrainsWhole, LoraModel):
     """PEFT's LoRA tuner, under the name that masked adapters are saved with."""
 
 

@@ -15,13 +15,18 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
+from lora_dist.adapter.whole import layer_bias
+from lora_dist.blocks import BlockLinear
+
 
 def base_weight(linear: Any) -> Tensor:
-    """A linear's weight as the base stores it, or de-quantised, in the precision that it is computed in.
+    """A linear's weight as the base stores it, or unpacked, or de-quantised, in the precision that it is computed in.
 
     PEFT's `dequantize_module_weight` would make another parameter of an int8 weight at every call, and does not know the columns that
     4-bit rows are filled up with to whole blocks (`models/padded.py`).
     """
+    if isinstance(linear, BlockLinear):
+        return linear.dense_OI()
     if getattr(linear, "quant_state", None) is not None:
         import bitsandbytes
 
@@ -73,10 +78,14 @@ class BlockDoraVariant(DoraLinearVariant):
         dropout, base = module.lora_dropout[active_adapter], module.get_base_layer()
         weight = base_weight(base)
         if isinstance(dropout, nn.Identity) or not module.training:
-            base_result = result if base.bias is None else result - base.bias
+            bias = layer_bias(module)
+            base_result = result if bias is None else result - bias
         else:
             x = dropout(x)
-            base_result = nn.functional.linear(x, (weight.T if module.fan_in_fan_out else weight).to(x.dtype))
+            if isinstance(base, BlockLinear):
+                base_result = base.product(x)
+            else:
+                base_result = nn.functional.linear(x, (weight.T if module.fan_in_fan_out else weight).to(x.dtype))
         with torch.no_grad():
             delta = module.get_delta_weight(active_adapter)
             magnitude = module.lora_magnitude_vector[active_adapter]

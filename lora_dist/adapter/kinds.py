@@ -1,4 +1,5 @@
-"""The kinds of adapter, by `adapter.type`: PEFT's config for each, with and without a pattern, and what tells them apart in files.
+"""The kinds of adapter, by `adapter.type` or (`sparse_full`) `train.mode`: PEFT's config for each, with and without a pattern, and what
+tells them apart in files.
 
 IA3 multiplies outputs or inputs of a linear, so it keeps every zero by itself and is a plain PEFT file on any base. Called by
 `adapter/attach.py`.
@@ -15,15 +16,19 @@ from torch import nn
 
 from lora_dist.adapter.adalora import BlockAdaLoraConfig
 from lora_dist.adapter.config import BlockLoraConfig, PatternConfig
+from lora_dist.adapter.sparse import SparseFullConfig
 from lora_dist.blocks import Pattern, find_linears
+from lora_dist.log import UserError
 
-ADAPTER_TYPES = ("lora", "dora", "adalora", "ia3")
+ADAPTER_TYPES = ("lora", "dora", "adalora", "ia3", "sparse_full")
 
 
 def adapter_type(config: PeftConfig) -> str:
     """Which of `ADAPTER_TYPES` a config is of."""
     if isinstance(config, IA3Config):
         return "ia3"
+    if isinstance(config, SparseFullConfig):
+        return "sparse_full"
     if isinstance(config, AdaLoraConfig):
         return "adalora"
     return "dora" if getattr(config, "use_dora", False) else "lora"
@@ -40,9 +45,13 @@ def describe(config: Any) -> str:
     kind = adapter_type(config)
     if kind == "ia3":
         return "IA3, which keeps any pattern"
+    beside = getattr(config, "whole_parameters", [])
+    whole = f", {len(beside)} tensors of the base trained whole" if beside else ""
+    if kind == "sparse_full":
+        return f"sparse full fine-tuning of the kept weights ({config.pattern.kind} pattern){whole}"
     rank = f"rank {config.init_r} to {config.target_r} on average" if kind == "adalora" else f"rank {config.r}"
     masked = ("block-masked" if config.pattern.kind == "block" else "masked") if isinstance(config, PatternConfig) else "plain"
-    return f"{rank}, alpha {config.lora_alpha:g}, {masked} {names[kind]}"
+    return f"{rank}, alpha {config.lora_alpha:g}, {masked} {names[kind]}{whole}"
 
 
 def make_config(
@@ -72,7 +81,13 @@ def make_config(
         return IA3Config(
             **common, feedforward_modules=_feedforward(model, targets, feedforward_modules), fan_in_fan_out=transposed
         )
-    masked = {"form": form, "base_fingerprint": base_fingerprint}
+    if kind == "sparse_full":
+        if pattern is None:
+            raise UserError(
+                "train.mode: found sparse_full, but the base has no pattern to keep; prune it first (lora-dist prune), or set train.mode lora"
+            )
+        return SparseFullConfig(**common, base_fingerprint=base_fingerprint).with_pattern(pattern)
+    masked: dict[str, Any] = {"form": form, "base_fingerprint": base_fingerprint}
     if kind == "adalora":
         # The number of steps is known once the data is: `Allocation` sets it.
         steps = adalora.get("tinit", 0) + adalora.get("tfinal", 0) + 1

@@ -15,22 +15,31 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from lora_dist.adapter.dora import BlockDoraVariant
+from lora_dist.adapter.linear import adapted_linear
 from lora_dist.adapter.product import masked_delta, masked_product, without_autocast
-from lora_dist.blocks import BlockMask, Mask, Pattern, is_transposed
+from lora_dist.blocks import BlockLinear, BlockMask, ElementMask, Mask, Pattern, is_transposed
 
 
 def factorised_is_cheaper(shape: tuple[int, int], block: int, rank: int, dtype: torch.dtype, device_type: str) -> bool:
     """Choose the form by a modelled cost, in multiply-adds a token of one large product.
 
-    Factorised: `R (I + PQ + O)` a token, but in small products that reach a fraction of a large one's speed (the penalty below).
-    Dense: about one `O I` product a token each for output, input gradient and weight gradient. So narrow layers with a high rank
-    get the dense form, all others the factorised one; at widths 512 to 4,096 and ranks 8 and 16 that is the faster one in both
-    precisions (docs/measurements.md).
+    Factorised: three mixes of `R PQ` and some passes over `R (I + O)` numbers, which reach a fraction of a large product's speed (the factor
+    below). Dense: about one `O I` product a token each for output, input gradient and weight gradient. So narrow layers with a high
+    rank get the dense form, all others the factorised one. Factors fit what was measured on a CPU at widths 512 to 4,096 and ranks 8 to 64
+    (docs/log.md); on a GPU they are a guess.
     """
     O, I = shape
-    small_product_penalty = 24.0 if dtype != torch.float32 and device_type == "cpu" else 8.0
+    slow = 8.0 if device_type != "cpu" else 12.0 if dtype == torch.float32 else 25.0
     P, Q = -(-O // block), -(-I // block)
-    return small_product_penalty * rank * (I + P * Q + O) < 3.0 * O * I
+    return rank * (slow * (I + O) + 4.0 * P * Q) < 3.3 * O * I
+
+
+def merged_is_cheaper(shape: tuple[int, int], tokens: int) -> bool:
+    """Whether adding the update to the weight costs less than adding its share to the output.
+
+    Some passes over O I numbers for some over T (I + O); measured in float32 at widths 512 to 4,096 and ranks 8 to 64 (docs/log.md).
+    """
+    return 4 * tokens >= shape[0]
 
 
 def is_factorised(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
@@ -108,6 +117,8 @@ class BlockLoraLinear(LoraLinear):
             raise ValueError("adapter_names: mixed batches would bypass the mask; run each adapter's rows as a batch of its own")
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
+        if not args and not kwargs and (result := self._with_base(x)) is not None:
+            return result
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for adapter in self.active_adapters:
@@ -117,13 +128,55 @@ class BlockLoraLinear(LoraLinear):
                 result = result + self.update(adapter, self.lora_dropout[adapter](x.to(dtype)))
         return result.to(dtype)
 
-    def update(self, adapter: str, x: Tensor) -> Tensor:
-        """x @ dW^T, in x's dtype; dropout is the caller's."""
+    def _with_base(self, x: Tensor) -> Tensor | None:
+        """Base and update in one step (`linear.py`), where that can be: one adapter whose mask is of whole tiles, or none, on a plain frozen
+        linear that nobody hooks into (DeepSpeed gathers its weight so), in the dtype of x."""
+        base, active = self.base_layer, self.active_adapters
+        if (
+            type(base) not in (nn.Linear, BlockLinear)
+            or len(active) != 1
+            or active[0] not in self.lora_A
+            or active[0] in self.lora_variant
+        ):
+            return None
+        adapter = active[0]
+        mask, form, dropout = self.lora_mask[adapter], self.lora_form[adapter], self.lora_dropout[adapter]
+        hooked = base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
+        trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+        if hooked or trained or autocast or x.dtype != base.weight.dtype or isinstance(mask, ElementMask):
+            return None
+        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
+        tokens = x.numel() // x.shape[-1]
+        merged = (
+            mask is not None
+            and form == "auto"
+            and dropped is None
+            and x.dtype.itemsize >= 4
+            and merged_is_cheaper(mask.shape, tokens)
+        )
+        if mask is not None and not merged and not is_factorised(form, mask, self.r[adapter], x):
+            return None
+        A_RI, B_OR = self._factors(adapter)
+        kept, block = (None, 1) if mask is None else (self.lora_kept[adapter], mask.block)
+        scale = self.scaling[adapter]
+        unpack = getattr(base, "unpacked_OI", None)
+        return adapted_linear(
+            x, base.weight, base.bias, A_RI, B_OR, kept, block, scale, merged=merged, dropped=dropped, unpack=unpack
+        )
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A (R, I) and B (O, R); frozen ranks without a gradient."""
         A_RI, B_OR = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         trained = A_RI.shape[0] - self.lora_frozen.get(adapter, 0)
         if trained < A_RI.shape[0]:  # here and not by a hook on the parameter, which fully_shard puts another in the place of
             A_RI = torch.cat([A_RI[:trained], A_RI[trained:].detach()])
             B_OR = torch.cat([B_OR[:, :trained], B_OR[:, trained:].detach()], dim=1)
+        return A_RI, B_OR
+
+    def update(self, adapter: str, x: Tensor) -> Tensor:
+        """x @ dW^T, in x's dtype; dropout is the caller's."""
+        A_RI, B_OR = self._factors(adapter)
         mask, scale = self.lora_mask[adapter], self.scaling[adapter]
         if mask is None:
             with without_autocast(x):

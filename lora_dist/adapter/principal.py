@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_dist.adapter.dora import base_weight
+from lora_dist.adapter.sparse import SparseFullLinear
 from lora_dist.adapter.updates import lora_layers
 from lora_dist.log import UserError
 
@@ -83,6 +84,15 @@ def _principal(weight_OI: Tensor, rank: int, scale: float, init_lora_weights: st
         U, S, V = torch.svd_lowrank(weight_OI, q=rank, niter=int(init_lora_weights.removeprefix("pissa_niter_")))
     root = (S / scale).sqrt()
     return root[:, None] * V.T, U * root
+
+
+def frozen_elements(model: nn.Module) -> int:
+    """Elements of what is trained that never move, on all processes together: of factors, and of deltas (`sparse.py`) at edge tiles."""
+    return sum(layer.idle_elements("default") for _, layer in lora_layers(model) if isinstance(layer, SparseFullLinear)) + sum(
+        layer.lora_frozen["default"] * (layer.lora_A["default"].in_features + layer.lora_B["default"].out_features)
+        for _, layer in lora_layers(model)
+        if "default" in getattr(layer, "lora_frozen", {})
+    )
 
 
 def file_metadata(model: PeftModel) -> dict[str, str]:

@@ -1,17 +1,12 @@
 """The masked update's product, `y = s * x @ (mask . BA)^T`, exact and without keeping anything of size O x I.
 
-Two forms of the same numbers (design section 3):
+Two forms of the same numbers (design section 3); `linear.py` has those that include the base's own product:
 
-- factorised, for whole tiles: never builds BA.
-
-      z[q,t,:] = x[t, block q] A[:, block q]^T          (Q,T,R)   batched small products
-      u[p,t,:] = sum_q mask[p,q] z[q,t,:]               (P,T,R)   one product with the P x Q mask
-      y[t, block p] = s u[p,t,:] B[block p, :]^T        (T,O)
-
+- factorised, for whole tiles: never builds BA (`tiles.py`).
 - dense, for any mask: builds mask . BA for the product and again in the backward pass.
 
-Shapes: T tokens, I/O in/out features, b block side, P/Q block rows/columns, R rank. Both save x, A, B and the mask only; z, u and
-the masked delta are computed again from them. Called by `adapter/layer.py`; forms are compared by `scripts/bench_layer.py`.
+Shapes: T tokens, I/O in/out features, b block side, P/Q block rows/columns, R rank. Both save x, A, B and the mask only; the rest is computed
+again from them. Called by `adapter/layer.py`; forms are compared by `scripts/bench_layer.py`.
 """
 
 from __future__ import annotations
@@ -24,35 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_dist.adapter.tiles import add_update_, update_gradients
 from lora_dist.blocks import unpack_bits
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Products inside are in the dtype of their inputs. The meta device, on which runs are planned, has no autocast to turn off."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
-
-
-def _pad_last(tensor: Tensor, block: int) -> Tensor:
-    """Zero-pad the last dimension to a whole number of blocks."""
-    short = -tensor.shape[-1] % block
-    return F.pad(tensor, (0, short)) if short else tensor
-
-
-def _blocks_of_columns(x_TC: Tensor, block: int) -> Tensor:
-    """(T, C) -> (C/b, T, b); a view where C is a whole number of blocks."""
-    padded = _pad_last(x_TC, block)
-    return padded.view(padded.shape[0], -1, block).transpose(0, 1)
-
-
-def _join_columns(x_NTb: Tensor, columns: int) -> Tensor:
-    """(N, T, b) -> (T, columns): inverse of `_blocks_of_columns`."""
-    return x_NTb.transpose(0, 1).reshape(x_NTb.shape[1], -1)[:, :columns]
-
-
-def _mix(mask_MN: Tensor, x_NTR: Tensor) -> Tensor:
-    """Sum over n of mask[m,n] x[n]: (M,N) and (N,T,R) -> (M,T,R), one product."""
-    n, t, r = x_NTR.shape
-    return (mask_MN @ x_NTR.reshape(n, t * r)).view(-1, t, r)
 
 
 class _Factorised(torch.autograd.Function):
@@ -62,41 +35,17 @@ class _Factorised(torch.autograd.Function):
     def forward(ctx: Any, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor, block: int, scale: float) -> Tensor:
         ctx.save_for_backward(x_TI, A_RI, B_OR, mask_PQ)
         ctx.block, ctx.scale = block, scale
-        u_PTR = _Factorised._inner(x_TI, A_RI, mask_PQ, block)
-        B_PbR = _blocks_of_columns(B_OR.to(x_TI.dtype).T, block).transpose(1, 2)
-        y_PTb = torch.bmm(u_PTR, (B_PbR * scale).transpose(1, 2))
-        return _join_columns(y_PTb, B_OR.shape[0])
-
-    @staticmethod
-    def _inner(x_TI: Tensor, A_RI: Tensor, mask_PQ: Tensor, block: int) -> Tensor:
-        """u (P, T, R)."""
-        A_QRb = _blocks_of_columns(A_RI.to(x_TI.dtype), block)
-        z_QTR = torch.bmm(_blocks_of_columns(x_TI, block), A_QRb.transpose(1, 2))
-        return _mix(mask_PQ.to(x_TI.dtype), z_QTR)
+        y_TO = x_TI.new_zeros((len(x_TI), B_OR.shape[0]))
+        add_update_(y_TO, x_TI, A_RI, B_OR, mask_PQ, block, scale)
+        return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, A_RI, B_OR, mask_PQ = ctx.saved_tensors
-        block, scale, dtype = ctx.block, ctx.scale, x_TI.dtype
-        need_x, need_A, need_B = ctx.needs_input_grad[:3]
-        g_PTb = _blocks_of_columns(g_TO, block)
-        dx = dA = dB = None
-        if need_B:
-            u_PTR = _Factorised._inner(x_TI, A_RI, mask_PQ, block)
-            dB_PRb = torch.bmm(u_PTR.transpose(1, 2), g_PTb) * scale
-            dB = _join_columns(dB_PRb, B_OR.shape[0]).T.to(B_OR.dtype)
-        if need_x or need_A:
-            B_PbR = _blocks_of_columns(B_OR.to(dtype).T, block).transpose(1, 2) * scale
-            du_PTR = torch.bmm(g_PTb, B_PbR)
-            dz_QTR = _mix(mask_PQ.T.to(dtype), du_PTR)
-            if need_A:
-                dA_QRb = torch.bmm(dz_QTR.transpose(1, 2), _blocks_of_columns(x_TI, block))
-                dA = _join_columns(dA_QRb, A_RI.shape[1]).to(A_RI.dtype)
-            if need_x:
-                A_QRb = _blocks_of_columns(A_RI.to(dtype), block)
-                dx = _join_columns(torch.bmm(dz_QTR, A_QRb), x_TI.shape[1])
-        return dx, dA, dB, None, None, None
+        dx_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
+        dA, dB = update_gradients(g_TO, x_TI, A_RI, B_OR, mask_PQ, ctx.block, ctx.scale, dx_TI)
+        return dx_TI, dA, dB, None, None, None
 
 
 def _mask_(weight_OI: Tensor, kept: Tensor, block: int) -> Tensor:
@@ -104,9 +53,11 @@ def _mask_(weight_OI: Tensor, kept: Tensor, block: int) -> Tensor:
     O, I = weight_OI.shape
     if kept.dtype == torch.uint8:
         return weight_OI.masked_fill_(~unpack_bits(kept, O * I).view(O, I), 0.0)
-    if O % block == 0 and I % block == 0:
-        P, Q = kept.shape
-        weight_OI.view(P, block, Q, block).masked_fill_(~kept[:, None, :, None], 0.0)
+    if O % block == 0 and I % block == 0 and not weight_OI.requires_grad:  # autograd would not see it
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_OI.element_size()]
+        # All bits of a kept weight, none of another's: several times faster than filling, which goes tile by tile.
+        kept_P1I = kept.to(bits).neg_().repeat_interleave(block, 1)[:, None]
+        weight_OI.view(bits).view(-1, block, I).bitwise_and_(kept_P1I)
         return weight_OI
     return weight_OI.masked_fill_(~kept.repeat_interleave(block, 0)[:O].repeat_interleave(block, 1)[:, :I], 0.0)
 

@@ -12,6 +12,8 @@ from lora_dist.arguments.models import ConvertArgs, ExportArgs, InspectArgs, Mer
 from lora_dist.arguments.operations import DoctorArgs, RendezvousArgs, SubmitArgs
 from lora_dist.arguments.planning import PlanArgs
 from lora_dist.arguments.quantised import QuantisedArgs
+from lora_dist.arguments.recipes import RecipeArgs
+from lora_dist.arguments.watching import ReportArgs, WatchArgs
 
 __all__ = [
     "AdaptersArgs",
@@ -27,7 +29,10 @@ __all__ = [
     "PruneArgs",
     "PushArgs",
     "QuantisedArgs",
+    "RecipeArgs",
     "RendezvousArgs",
+    "ReportArgs",
     "SamplingArgs",
     "SubmitArgs",
+    "WatchArgs",
 ]

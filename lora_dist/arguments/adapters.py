@@ -37,6 +37,9 @@ class AdaptersArgs:
             yield "FOLDER: found nothing, expected lora-dist adapters add DIR NAME FOLDER"
         if self.action == "merge-weighted" and not self.weights:
             yield "weights: found none, expected lora-dist adapters merge-weighted DIR NEW A=0.7 B=0.3"
+        names = [weight.partition("=")[0] for weight in self.weights]
+        if len(set(names)) < len(names):
+            yield f"weights: found {', '.join(sorted({name for name in names if names.count(name) > 1}))} twice, expected each name once"
         for weight in self.weights:
             name, equals, number = weight.partition("=")
             if not name or not equals or not _is_number(number):

@@ -13,6 +13,8 @@ from typing import Literal
 
 from lora_dist.arguments.quantised import QuantisedArgs
 
+PERPLEXITY_BANDS = (7.0, 10.0, 50.0)
+"""upper ends of ideal, good and fair, of Llama-2-7B on WikiText-2"""
 METRICS = ("ppl", "zeroshot", "speed", "memory")
 ZERO_SHOT_TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 _COUNTS = (
@@ -94,7 +96,7 @@ class EvalArgs(QuantisedArgs, _Evaluated):
     """Where to compute; auto: GPUs if there are any."""
     cache_dir: str | None = None
     """Where tokenised text is kept."""
-    bands: list[float] = field(default_factory=lambda: [7.0, 10.0, 50.0])
+    bands: list[float] = field(default_factory=lambda: list(PERPLEXITY_BANDS))
     """Perplexities up to which a model is called ideal, good and fair; the defaults are for Llama-2-7B on WikiText-2."""
     output: str | None = None
     """JSON file to write the figures to."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -16,13 +17,24 @@ class PruneArgs:
     out: str = ""
     """Directory to write; must not exist or be empty."""
     sparsity: float = 0.5
-    """Share of the tiles of each matrix to drop, rounded down to whole tiles."""
+    """Share of the tiles of each matrix (each row, or the model: select) to drop, rounded down to whole tiles."""
     block: int = 16
     """Side of a tile."""
-    score: Literal["wanda", "magnitude", "random"] = "wanda"
-    """What a tile is worth: the sum of |W| * ||x|| (wanda; x from the calibration text), of |W| (magnitude), or random."""
-    select: Literal["matrix", "row"] = "matrix"
-    """Drop the lowest tiles of a whole matrix, or the same number in each row of tiles."""
+    score: Literal["wanda", "energy", "obs", "magnitude", "random"] = "wanda"
+    """What a tile is worth: the sum of |W| * ||x|| (wanda; x from the calibration text), of their squares (energy), of |W| (magnitude), what
+    reconstruction loses without it, tile by tile (obs), or random."""
+    select: Literal["matrix", "row", "global"] = "matrix"
+    """Drop the lowest tiles of a whole matrix, the same number in each row of tiles, or (global) more from matrices that the model's output
+    is found to need less."""
+    reconstruct: bool = False
+    """Solve for the kept weights: the least squares of each linear's outputs on the calibration text."""
+    target: Literal["dense", "same"] = "dense"
+    """What reconstruction aims at: what brings each layer nearest to the dense model's (dense; runs both), or the unpruned linear's outputs
+    on the inputs that pruned layers give it (same; a fifth of the passes)."""
+    damping: float = 0.01
+    """Added to the diagonal of the inputs' products in reconstruction, as a share of its mean: more keeps weights nearer to what they were."""
+    from_pruned: str | None = None
+    """Directory of a pruned version of MODEL: take its pattern, and reconstruct from MODEL; sparsity, score and select play no part."""
     nsamples: int = 128
     """Calibration windows, chosen at random by seed."""
     seqlen: int | None = None
@@ -63,8 +75,15 @@ class PruneArgs:
             value = getattr(self, name)
             if value is not None and value < least:
                 yield f"{name}: found {value}, expected {least} or more"
-        if self.score == "wanda" and not self.calibration:
+        sees_text = self.reconstruct or self.from_pruned or self.select == "global" or self.score in ("wanda", "energy", "obs")
+        if sees_text and not self.calibration:
             yield "calibration: found nothing, expected a hub name, a directory or files (score=magnitude needs no text)"
+        if not 0 <= self.damping < math.inf:
+            yield f"damping: found {self.damping}, expected a number from 0"
+        if self.score == "obs" and not (self.reconstruct or self.from_pruned):
+            yield "score: found obs without reconstruct, expected --reconstruct: it counts on kept weights that make up for what goes"
+        if self.score == "obs" and self.damping == 0 and not self.from_pruned:
+            yield "damping: found 0 with score obs, expected more than 0: dependent inputs have no inverse"
 
 
 @dataclass
@@ -89,6 +108,8 @@ class MergeArgs:
     """Where to take config and tokenizer from if the base has none of its own."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
+    storage: Literal["dense", "blocks"] = "dense"
+    """How OUT is written: dense, as transformers reads it, or blocks: only the kept tiles of the pruned linears (lora-dist reads both)."""
     strategy: Literal["ddp", "fsdp2"] = "ddp"
     """Under torchrun: ddp holds the whole model on every process, fsdp2 a part of it."""
     trust_remote_code: bool = False
@@ -100,6 +121,8 @@ class MergeArgs:
                 yield f"{name.upper()}: found nothing, expected lora-dist merge BASE ADAPTER OUT"
         if self.project and self.densify:
             yield "project, densify: found both, expected one at most"
+        if self.storage == "blocks" and self.densify:
+            yield "storage: found blocks with densify, which leaves no pruned tiles, expected dense"
 
 
 @dataclass
@@ -137,10 +160,11 @@ class ExportArgs:
 
 @dataclass
 class ConvertArgs:
-    """Turn a pickled model, as pruning tools write it, into a directory of safetensors; nothing in the pickle is run."""
+    """Turn a pickled model, as pruning tools write it, into a directory of safetensors (nothing in the pickle is run); or a model directory
+    into one that holds the kept tiles of its pruned linears only, and back."""
 
     pickle: str = ""
-    """File that holds {'model', 'tokenizer'}, a model, or a state dict, written by torch.save."""
+    """File that holds {'model', 'tokenizer'}, a model, or a state dict, written by torch.save; or a model directory."""
     out: str = ""
     """Directory to write; must not exist or be empty."""
     trust_pickle: bool = False
@@ -151,6 +175,10 @@ class ConvertArgs:
     """Directory or hub name to take the configuration from: needed by a state dict."""
     block: int = 16
     """Tile side to look for; a pattern of pruned tiles is stored beside the weights."""
+    storage: Literal["dense", "blocks"] = "dense"
+    """How OUT is written: dense, as transformers reads it, or blocks: only the kept tiles of the pruned linears (lora-dist reads both)."""
+    trust_remote_code: bool = False
+    """Of a model directory: run model code that comes with it."""
 
     def problems(self) -> Iterator[str]:
         for name in ("pickle", "out"):

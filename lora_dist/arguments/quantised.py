@@ -21,9 +21,15 @@ class QuantisedArgs:
     """Quantise the scales of the blocks too; with load_in_4bit."""
     as_stored: bool = False
     """Hold the base as it is stored, though the adapter was trained on a quantised one."""
+    storage: Literal["dense", "blocks"] = "dense"
+    """blocks: hold only the kept tiles of a pruned model's linears."""
 
     def problems(self) -> Iterator[str]:
         """Contradictions, one line each."""
         asked = [name for name in ("load_in_4bit", "load_in_8bit", "as_stored") if getattr(self, name)]
         if len(asked) > 1:
             yield f"{', '.join(asked)}: found together, expected one at most"
+        if self.storage == "blocks" and self.load_in_8bit:
+            yield "storage: found blocks with load_in_8bit, expected dense: int8 has a scale a row, which tiles cut"
+        if not self.load_in_4bit and (self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant) != ("nf4", True):
+            yield "bnb_4bit_quant_type, bnb_4bit_use_double_quant: found without load_in_4bit, expected it too"

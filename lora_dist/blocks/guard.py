@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lora_dist.blocks.kept import first_rows
 from lora_dist.blocks.mask import BlockMask, Mask, tiles_any
 from lora_dist.blocks.pattern import Pattern
 from lora_dist.blocks.piece import Piece
@@ -79,6 +80,38 @@ class _Masked:
             for part, pruned in zip(self.parts(), self._pruned, strict=True)
         ]
 
+    def describe(self) -> str:
+        """The first violation, for a message."""
+        found = self.mask.first_violation_in(self.parts())
+        assert found is not None
+        return found[0].describe(self.name, self.mask.kind, found[1], self.whole)
+
+
+class _Tiles:
+    """A base weight of which only kept tiles are held: zero elsewhere as long as each lies in a place that the mask keeps.
+
+    Args:
+        read: gives the places, as `kept.first_rows`.
+    """
+
+    def __init__(self, name: str, read: Callable[[], Tensor], mask: BlockMask) -> None:
+        self.name, self._read = name, read
+        expected_N, found_N = first_rows(mask), read()
+        if found_N.shape != expected_N.shape:
+            raise GuardError(f"layer {name}: found {len(found_N)} tiles, expected {len(expected_N)} as in the pattern")
+        self._expected_N = expected_N.to(found_N.device)
+        self._places_N2 = mask.kept_PQ.nonzero()
+
+    def violated(self) -> list[Tensor]:
+        """As `_Masked`'s."""
+        return [(self._read() != self._expected_N).any()]
+
+    def describe(self) -> str:
+        wrong_N = (self._read() != self._expected_N).nonzero()[:, 0]
+        p, q = self._places_N2[int(wrong_N[0])].tolist()
+        more = f" ({len(wrong_N)} such tiles in this layer)" if len(wrong_N) > 1 else ""
+        return f"layer {self.name}, tile ({p}, {q}): is put in another place of the weight{more}"
+
 
 class Guard:
     """Watches frozen parameters and their pattern.
@@ -91,6 +124,7 @@ class Guard:
         when: words for the message of the check that is made at once.
         codes: of weights that are stored quantised, by name: reads this process's part of the weight as numbers that are zero where
             it is. Their packed data and scales are entries of `base` like any other.
+        tiles: of weights that are held as kept tiles, by the linear's name: reads where these lie. They too are entries of `base`.
 
     The parameter of pattern entry `m` is `m.weight`, or under peft `m.base_layer.weight`.
 
@@ -108,6 +142,7 @@ class Guard:
         sample_chunks: int = 8,
         when: str = "at load",
         codes: Mapping[str, Callable[[], Piece]] | None = None,
+        tiles: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> None:
         self.pattern = pattern
         self._codes = codes or {}
@@ -120,11 +155,14 @@ class Guard:
             for start in range(0, -(-piece.tensor.numel() * piece.tensor.element_size() // 8), CHUNK_WORDS)
         ]
         self._mult = {device: _multipliers(device) for device in {piece.tensor.device for piece in self._base.values()}}
-        self._masked = [
+        masked = {name: mask for name, mask in (pattern or {}).items() if not mask.keeps_all}
+        held = tiles or {}
+        self._masked: list[_Masked | _Tiles] = [
             _Masked(name, self._parameter(name, mask, name in transposed), name in transposed, mask)
-            for name, mask in (pattern or {}).items()
-            if not mask.keeps_all
+            for name, mask in masked.items()
+            if name not in held
         ]
+        self._masked += [_Tiles(name, read, masked[name]) for name, read in held.items()]  # type: ignore[arg-type]
         self.check_pattern(when)
         self._digests = self._digest(range(len(self._chunks)))
 
@@ -168,9 +206,7 @@ class Guard:
             return
         for layer, bad in zip(self._masked, flags, strict=True):
             if any(bad):
-                found = layer.mask.first_violation_in(layer.parts())
-                assert found is not None
-                raise GuardError(f"guard {when}: " + found[0].describe(layer.name, layer.mask.kind, found[1], layer.whole))
+                raise GuardError(f"guard {when}: {layer.describe()}")
 
     def check(self, when: str) -> None:
         """Pruned tiles are zero, and the next few chunks of the base are what they were.

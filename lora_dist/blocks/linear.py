@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lora_dist.blocks.block_linear import BlockLinear
+
 
 @dataclass(frozen=True)
 class NamedLinear:
@@ -23,7 +25,9 @@ class NamedLinear:
 
     @property
     def weight_OI(self) -> Tensor:
-        """The weight without gradient, as (O, I); a view, so writing to it writes the model."""
+        """The weight without gradient, as (O, I); a view, so writing to it writes the model. Of kept tiles a copy, unpacked."""
+        if isinstance(self.module, BlockLinear):
+            return self.module.dense_OI()
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight.detach().T if self.transposed else weight.detach()

@@ -68,6 +68,11 @@ class Pattern(Mapping[str, Mask]):
         return "block" if all(mask.kind == "block" for mask in self.values()) else "element"
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether some masks are of tiles and some of elements."""
+        return len({mask.kind for mask in self.values()}) > 1
+
+    @property
     def block(self) -> int:
         """The tile side (the largest, should layers differ); 1 for element masks."""
         return max((mask.block for mask in self.values()), default=1)
@@ -79,6 +84,14 @@ class Pattern(Mapping[str, Mask]):
         for name, mask in self.items():
             hasher.update(f"{name} {mask_digest(mask)}\n".encode())
         return hasher.hexdigest()
+
+    def with_gaps(self) -> list[str]:
+        """Linears of whose tiles a whole row or column is pruned: what only they lead to, or come from, plays no part any more."""
+        return [
+            name
+            for name, mask in self.items()
+            if isinstance(mask, BlockMask) and not (mask.kept_PQ.any(0).all() and mask.kept_PQ.any(1).all())
+        ]
 
     def stats(self) -> list[LayerStats]:
         rows = []

@@ -37,6 +37,7 @@ class Verb:
     Attributes:
         prog: what the help calls the command.
         positionals: fields that are given without a name, in order.
+        rest: a field of texts that takes all that is given without a name after those.
         sections: the dataclass holds one dataclass a section (`--train.seed`), else plain fields (`--seed`).
         aliases: short names for keys.
     """
@@ -44,6 +45,7 @@ class Verb:
     prog: str
     description: str
     positionals: tuple[str, ...] = ()
+    rest: str | None = None
     sections: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
 
@@ -111,7 +113,8 @@ def _parser(cls: type, verb: Verb) -> ArgumentParser:
 
 def _help(parser: ArgumentParser, verb: Verb) -> str:
     text = parser.format_help()
-    usage = f"usage: {verb.prog} {' '.join(p.upper() for p in verb.positionals)}".rstrip() + " [OPTION ...]\n"
+    named = [*(p.upper() for p in verb.positionals), *([f"{verb.rest.upper().removesuffix('S')} ..."] if verb.rest else [])]
+    usage = f"usage: {verb.prog} {' '.join(named)}".rstrip() + " [OPTION ...]\n"
     body = text[text.index("\n\n") :]
     for name in verb.positionals:  # the same width, so that the columns stay
         flag = f"  --{name} {name.upper()}"
@@ -140,12 +143,15 @@ def _settings(argv: Sequence[str], cls: type, verb: Verb, problems: list[str]) -
     from_files: list[tuple[str, Any, bool]] = []
     options: list[tuple[str, Any, bool]] = []
     positionals = list(verb.positionals)
+    rest: list[str] = []
     tokens = list(argv)
     while tokens:
         token = tokens.pop(0)
         if not token.startswith("--") and not _OVERRIDE.match(token):
             if positionals:
                 options.append((positionals.pop(0), token, True))
+            elif verb.rest is not None:
+                rest.append(token)
             else:
                 problems.append(f"{token}: found a value without an option before it, expected --key value")
             continue
@@ -165,6 +171,8 @@ def _settings(argv: Sequence[str], cls: type, verb: Verb, problems: list[str]) -
             from_files.extend(_from_file(Path(value), problems))
         else:
             options.append((name, value, True))
+    if verb.rest is not None and rest:
+        options.append((verb.rest, rest, False))
     for key, value, is_text in [*from_files, *options]:
         if key in keys:
             yield key, value, is_text

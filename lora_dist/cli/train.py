@@ -24,6 +24,7 @@ VERB = Verb(
         "resume": "train.resume_from_checkpoint",
         "output_dir": "train.output_dir",
         "max_runtime": "train.max_runtime",
+        "profile": "train.profile",
         "strategy": "parallel.strategy",
         "ds_config": "parallel.ds_config",
         "deepspeed": "parallel.ds_config",
@@ -57,7 +58,43 @@ def run(config: RunConfig) -> int:
     from lora_dist.engine.train import train
 
     with joined(config) as world:
-        return train(config, world, argv=sys.argv[1:])
+        resolve_layers(config, world)
+        return train(config, world, argv=sys.argv[1:], fits=what_fits)
+
+
+_USABLE = 0.95
+"""of the memory that there is"""
+
+
+def resolve_layers(config: RunConfig, world: World) -> None:
+    """Collective. Turn `train.gradient_checkpointing_layers` auto into a number by `lora-dist plan`, for the memory of a GPU, or a
+    process's part of this machine's.
+
+    Raises:
+        UserError: on every process, where no number is enough.
+    """
+    if config.train.gradient_checkpointing_layers != "auto":
+        return
+    from lora_dist.engine.memory import memory_gib
+    from lora_dist.operations.plan import layers_to_recompute
+
+    cuda = world.device.type == "cuda"
+    limit_gib = _USABLE * memory_gib(world.device) / (1 if cuda else world.local_size)
+    least_gib = min(world.gather(limit_gib))
+    found = world.on_main(lambda: layers_to_recompute(config, processes=world.size, cuda=cuda, limit_gib=least_gib))
+    if found is None:
+        raise UserError(
+            f"train.gradient_checkpointing_layers: found auto, but by the plan all layers are too few for {least_gib:.1f} GiB a process, "
+            "expected a run that fits: lora-dist plan says what does"
+        )
+    config.train.gradient_checkpointing_layers = str(found[0])
+
+
+def what_fits(config: RunConfig, processes: int, cuda: bool, limit_gib: float) -> list[tuple[str, float]]:
+    """By `lora-dist plan`; seconds to half a minute. Raises UserError where it cannot plan."""
+    from lora_dist.operations.plan import what_fits as by_plan
+
+    return by_plan(config, processes=processes, cuda=cuda, limit_gib=limit_gib)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from lora_dist.config.data import DataArgs
 from lora_dist.config.model import AdapterArgs, ModelArgs
 from lora_dist.config.parallel import ParallelArgs
 from lora_dist.config.run import RunConfig
-from lora_dist.config.train import TrainArgs, weights_of
+from lora_dist.config.train import TrainArgs, steps_of, weights_of
 from lora_dist.config.watching import GuardArgs, HealthArgs, TrackerArgs
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "TrackerArgs",
     "TrainArgs",
     "seconds",
+    "steps_of",
     "weights_of",
 ]

@@ -19,8 +19,8 @@ class DataArgs:
     """Configuration of a hub data set, such as wikitext-2-raw-v1."""
     validation_file: str | None = None
     """Local files to evaluate on, where the data set has no validation split of its own."""
-    text_column: str = "text"
-    """Column that holds the text in JSON, CSV and parquet; classification, where it is not set: the GLUE subset's, else sentence."""
+    text_column: str | None = None
+    """Column that holds the text in JSON, CSV and parquet; default: text; of classification the GLUE subset's, else sentence."""
     column_names: str | None = None
     """Examples in .csv and .tsv files without a header: names of their columns, comma-separated, such as source,label,mark,sentence."""
     train_split: str = "train"

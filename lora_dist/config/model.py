@@ -32,6 +32,8 @@ class ModelArgs:
     """Numbers that 4 bits stand for."""
     bnb_4bit_use_double_quant: bool = True
     """Quantise the scales of the blocks of 4-bit weights too: 0.37 bits a weight less."""
+    storage: Literal["dense", "blocks"] = "dense"
+    """blocks: hold only the kept tiles of the pruned linears; memory, and what fsdp2 and zero3 send, shrink with the sparsity."""
     attn_implementation: str | None = None
     """Attention kernel, as transformers names it: eager, sdpa, flash_attention_2."""
     trust_remote_code: bool = False
@@ -44,6 +46,10 @@ class ModelArgs:
             yield f"model.num_labels: found {self.num_labels} with model.task_type {self.task_type}, expected 1 or more with SEQ_CLS"
         if self.load_in_4bit and self.load_in_8bit:
             yield "model.load_in_4bit, model.load_in_8bit: found both true, expected one at most"
+        if self.storage == "blocks" and self.load_in_8bit:
+            yield "model.storage: found blocks with model.load_in_8bit, expected dense: int8 has a scale a row, which tiles cut"
+        if not self.load_in_4bit and (self.bnb_4bit_quant_type, self.bnb_4bit_use_double_quant) != ("nf4", True):
+            yield "model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant: found without model.load_in_4bit, expected it too"
 
 
 @dataclass
@@ -82,6 +88,10 @@ class AdapterArgs:
     """adalora: weight of the orthogonal regularisation (default 0.5)."""
     feedforward_modules: list[str] = field(default_factory=list)
     """ia3: targets whose input is scaled instead of the output; empty: PEFT's choice for the architecture; none."""
+    modules_to_save: list[str] = field(default_factory=list)
+    """Modules that are trained whole beside it and saved with it, by name: embed_tokens, lm_head, norm, ...; all-norm: every norm."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases that are trained beside it: none, those of the target_modules, or all of the model's."""
     mask: Literal["auto", "block", "element", "none"] = "auto"
     """What the update respects: block (16x16 tiles; refused on a base without them), element, none (plain), auto (what the base has)."""
     block: int = 16
@@ -107,6 +117,10 @@ class AdapterArgs:
             )
         if principal and self.type == "dora":
             yield f"adapter.init_lora_weights: found {self.init_lora_weights} with adapter.type dora, expected true or gaussian"
+        beside = [key for key, asked in (("modules_to_save", self.modules_to_save), ("bias", self.bias != "none")) if asked]
+        if beside and (self.type == "ia3" or self.mask == "none"):
+            other = f"type {self.type}" if self.type == "ia3" else "mask none"
+            yield f"adapter.{beside[0]}: found with adapter.{other}, whose files are plain PEFT, expected a masked adapter: leave it out"
         yield from self._of_other_types()
         yield from self._adalora_problems()
         targets = self.target_modules

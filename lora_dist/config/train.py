@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lora_dist.config.checks import fraction, positive, seconds
+from lora_dist.config.distill import distill_problems
 
 
 @dataclass
@@ -41,6 +42,9 @@ class TrainArgs:
     """Leave out the incomplete step at the end of an epoch."""
     group_by_length: bool = False
     """Examples: steps of similar lengths, in random order; less padding, and gradients of a step less alike those of another."""
+    mode: Literal["lora", "sparse_full"] = "lora"
+    """lora: an adapter (adapter.type) beside the frozen base; sparse_full: the kept weights themselves, of all adapter.target_modules;
+    pruned ones stay exactly zero, and have no gradient and no optimizer state."""
     learning_rate: float = 1e-4
     """Peak learning rate of AdamW."""
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
@@ -48,7 +52,7 @@ class TrainArgs:
     loraplus_lr_ratio: float | None = None
     """LoRA+: train lora_B (and biases) with so many times the rate of lora_A; default: one rate. 16 is usual, with a lower learning_rate."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay; with mode sparse_full towards the weights that training began with, not towards zero."""
     adam_beta1: float = 0.9
     """AdamW beta1."""
     adam_beta2: float = 0.999
@@ -69,8 +73,32 @@ class TrainArgs:
     """Compute in bfloat16; adapter, gradients' sum and optimizer stay float32."""
     fp16: bool = False
     """Compute in float16 with a dynamic loss scale."""
+    cross_entropy: Literal["auto", "chunked", "logits"] = "auto"
+    """chunked: losses without logits, a few hundred tokens at a time, which saves memory and time that grow with the vocabulary; auto: where
+    the model gives the same loss so (a trained head or capped logits do not allow it); logits: never."""
+    distill_from: str | None = None
+    """Directory (or hub name) of the dense model, to learn from its predictions as well: the loss becomes
+    (1 - distill_alpha) CE + distill_alpha T^2 KL(dense || pruned) (docs/distillation.md). Same tokenizer and vocabulary."""
+    distill_alpha: float = 0.5
+    """Share of the dense model's predictions in the loss, 0 to 1; the rest is the text's own."""
+    distill_temperature: float = 1.0
+    """T: both models' logits are divided by it in KL."""
+    distill_hidden_weight: float = 0.0
+    """Add so many times the squared distance of hidden states to the dense model's, over their squared norm, a label token."""
+    distill_hidden: Literal["last", "layers"] = "last"
+    """Which hidden states: those that the head is given, or the mean over the outputs of all decoder layers."""
+    distill_load_in_4bit: bool = False
+    """Hold the dense model's linears in NF4 (bitsandbytes); the rest as the pruned model's."""
+    distill_cache: str | None = None
+    """Folder to keep the dense model's largest probabilities in: computed once (lora-dist distill-cache, or at the start of the run), then
+    the dense model is not loaded."""
+    distill_top_k: int = 64
+    """distill_cache: how many of a token's probabilities are kept; the others count as one more outcome."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    gradient_checkpointing_layers: str = "all"
+    """Which decoder layers gradient_checkpointing recomputes: all, the first so many, or auto: as few of the first as fit this machine's
+    memory by `lora-dist plan`."""
     logging_steps: int = 10
     """Log the mean loss every so many steps."""
     logging_first_step: bool = True
@@ -107,6 +135,9 @@ class TrainArgs:
     """Repository on the hub, OWNER/NAME; default: the name of output_dir, under the token's owner."""
     hub_private: bool = False
     """Make a new repository private, and refuse one that is public."""
+    profile: str | None = None
+    """FIRST:LAST: trace these steps of the attempt, counted from 1, with torch's profiler; every process writes profile/attempt-N/rank-R.json.gz
+    (for ui.perfetto.dev) and .txt (operations by time) into output_dir. Traced steps are slower."""
     early_stopping_patience: int | None = None
     """Stop after so many evaluations without a better one."""
     early_stopping_threshold: float = 0.0
@@ -123,6 +154,7 @@ class TrainArgs:
             "adam_epsilon", "max_failed_saves", "global_batch_size", "loraplus_lr_ratio",
         )  # fmt: skip
         yield from fraction("train", self, "warmup_ratio", "adam_beta1", "adam_beta2")
+        yield from distill_problems(self)
         if self.max_runtime is not None and seconds(self.max_runtime) is None:
             yield f"train.max_runtime: found {self.max_runtime}, expected seconds or [D-]HH:MM:SS, above 0"
         elif self.max_runtime is not None and (seconds(self.max_runtime) or 0) <= self.stop_margin_s:
@@ -135,8 +167,16 @@ class TrainArgs:
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 yield f"train.{name}: found {getattr(self, name)}, expected 0 or more"
+        if self.profile is not None and steps_of(self.profile) is None:
+            yield f"train.profile: found {self.profile}, expected FIRST:LAST, such as 3:5, the first step being 1"
         if self.seed >= 2**63:
             yield f"train.seed: found {self.seed}, expected a number below 2**63"
+        layers = self.gradient_checkpointing_layers
+        if layers != "all" and not (self.gradient_checkpointing and re.fullmatch(r"auto|\d+", layers)):
+            yield (
+                f"train.gradient_checkpointing_layers: found {layers} with train.gradient_checkpointing "
+                f"{str(self.gradient_checkpointing).lower()}, expected all, auto or a number, with train.gradient_checkpointing true"
+            )
         if self.bf16 and self.fp16:
             yield "train.bf16, train.fp16: found both true, expected one at most"
         if self.save_total_limit is not None and self.save_total_limit < 2:
@@ -150,6 +190,13 @@ class TrainArgs:
                 yield "train.early_stopping_patience: needs evaluations, but train.eval_strategy is no"
         if self.save_strategy == "no" and self.load_best_model_at_end and self.eval_strategy != "no":
             yield "train.load_best_model_at_end: needs checkpoints, but train.save_strategy is no (set one of the two)"
+
+
+def steps_of(text: str) -> tuple[int, int] | None:
+    """First and last step of `profile`; None where it is no such thing."""
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    first, last = map(int, found.groups()) if found is not None else (0, 0)
+    return (first, last) if 1 <= first <= last else None
 
 
 def weights_of(text: str) -> list[float] | None:

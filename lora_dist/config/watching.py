@@ -50,14 +50,25 @@ class HealthArgs:
 class TrackerArgs:
     """Where curves go besides the console, train.log and metrics.jsonl."""
 
-    report_to: list[Literal["wandb"]] = field(default_factory=list)
-    """Trackers; wandb needs the extra lora-dist[trackers]."""
+    report_to: list[
+        Literal["wandb", "tensorboard", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio", "all"]
+    ] = field(default_factory=list)
+    """Trackers, each a package of its own; wandb and tensorboard come with the extra lora-dist[trackers]; all: those that are installed."""
     wandb_project: str = "lora_dist"
-    """Project of the wandb run."""
+    """Project (experiment, repository) of the run, whatever the tracker."""
     run_name: str | None = None
     """Name of the tracker's run; default: the name of the run folder."""
     wandb_mode: Literal["online", "offline"] | None = None
     """offline writes a folder that `wandb sync` uploads later; default: what wandb's own settings say."""
 
+    diagnosis: bool = True
+    """Tell, once each, what the curves say is wrong with the run (loss does not fall, over-fitting, slow data, ...) and what to change."""
+    log_artifacts: bool = False
+    """Store the final adapter, the report (written for it) and metrics.jsonl with wandb (or MLflow) when the run is complete."""
+    timeout_s: float = 60.0
+    """How long the end of the run waits for trackers, and after how long one that has not started is told of."""
+    peak_tflops: float | None = None
+    """What one device computes at most in the run's precision, TFLOP/s, for MFU; default: known GPUs' data sheets, in half precision."""
+
     def problems(self) -> Iterator[str]:
-        return iter(())
+        yield from positive("tracker", self, "timeout_s", "peak_tflops")

@@ -1,6 +1,6 @@
 """Labelled sentences and pairs of them: which columns hold them, how they become token ids, and the label of each row.
 
-The columns, metrics and label names of GLUE's subsets are in a table. Records lie in the cache that instruction data lies in
+GLUE's subsets are in `glue.py`. Records lie in the cache that instruction data lies in
 (`examples.py`), with `targets.npy` (N,) float64 beside them: the number to predict, or a label's place in the entry's list of labels.
 Called by `engine/data.py` and `engine/classify.py`.
 
@@ -9,7 +9,6 @@ Letters for shapes: `N` examples, `B` rows, `L` tokens of a batch's longest row.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -21,60 +20,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_dist.data.examples import Examples, ExampleSplits
-from lora_dist.data.files import is_local
+from lora_dist.data.glue import Subset
 from lora_dist.data.records import BadRecordError, unpacked
 from lora_dist.data.rows import FILLER, IGNORE_LABEL, RowBatch
 from lora_dist.data.tokenise import tokenizer_digest
 from lora_dist.log import UserError
-
-
-@dataclass(frozen=True)
-class Subset:
-    """A task: its columns, what is measured, and its labels."""
-
-    text: str
-    pair: str | None
-    label: str = "label"
-    labels: tuple[str, ...] = ()
-    """names in the order of their numbers; none for a number to predict"""
-    metrics: tuple[str, ...] = ("accuracy",)
-    """the first chooses the best model"""
-    validation: str = "validation"
-    """split to evaluate on"""
-
-
-_ENTAILMENT = ("entailment", "not_entailment")
-GLUE = {
-    "cola": Subset("sentence", None, labels=("unacceptable", "acceptable"), metrics=("matthews_correlation", "accuracy")),
-    "sst2": Subset("sentence", None, labels=("negative", "positive")),
-    "mrpc": Subset("sentence1", "sentence2", labels=("not_equivalent", "equivalent"), metrics=("f1", "accuracy")),
-    "qqp": Subset("question1", "question2", labels=("not_duplicate", "duplicate"), metrics=("f1", "accuracy")),
-    "stsb": Subset("sentence1", "sentence2", metrics=("pearson", "spearmanr")),
-    "mnli": Subset("premise", "hypothesis", labels=("entailment", "neutral", "contradiction"), validation="validation_matched"),
-    "qnli": Subset("question", "sentence", labels=_ENTAILMENT),
-    "rte": Subset("sentence1", "sentence2", labels=_ENTAILMENT),
-    "wnli": Subset("sentence1", "sentence2", labels=("not_entailment", "entailment")),
-}
-"""of the hub's `glue`; files of one's own may be given as one, too"""
-HUB_NAMES = ("glue", "nyu-mll/glue")
-
-
-def subset_of(
-    dataset_name: str,
-    config_name: str | None,
-    *,
-    text: str | None,
-    pair: str | None,
-    label: str | None,
-    regression: bool,
-    binary: bool,
-) -> Subset:
-    """GLUE's own columns, or the ones that are named; `regression`: a number is predicted where the table does not say."""
-    known = GLUE.get(config_name or "") if dataset_name in HUB_NAMES or is_local(dataset_name) else None
-    if known is not None:
-        return dataclasses.replace(known, text=text or known.text, pair=pair or known.pair, label=label or known.label)
-    metrics = ("pearson", "spearmanr") if regression else ("accuracy", "f1") if binary else ("accuracy",)
-    return Subset(text or "sentence", pair, label or "label", metrics=metrics)
 
 
 @dataclass(frozen=True)
@@ -214,12 +164,19 @@ class Labels:
 
     def number(self, text: str) -> int:
         """Of a label as it stands in the data. Raises ValueError for one that is none."""
-        if not self.numbered:
-            return self.names.index(text)
-        number = int(text)
+        if not self.numbered and text not in self.names:
+            raise ValueError(text)
+        number = int(text) if self.numbered else self.names.index(text)
         if not 0 <= number < len(self.names):
             raise ValueError(text)
         return number
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def find_labels(found: Sequence[str], subset: Subset, num_labels: int) -> Labels:
@@ -248,6 +205,7 @@ def find_labels(found: Sequence[str], subset: Subset, num_labels: int) -> Labels
         raise UserError(
             f"model.num_labels: found {num_labels}, but data.label_column {subset.label} has {len(found)} labels "
             f"({', '.join(sorted(found)[:8])}), expected as many classes"
+            + (", or 1 to predict a number" if all(map(_is_number, found)) else "")
         )
     return Labels((*sorted(found), *(f"LABEL_{i}" for i in range(len(found), num_labels))), False)
 

@@ -115,6 +115,20 @@ def columns_of(split: LocalSplit | HubSplit) -> set[str]:
     return found
 
 
+def first_row(split: LocalSplit) -> list[str]:
+    """The first row of a split's first file, names of columns or not; empty where that is no CSV or TSV file.
+
+    Raises:
+        UserError: a file that cannot be read.
+    """
+    path = split.files[0]
+    name = path.name.lower()
+    if not (".csv" in name or ".tsv" in name):
+        return []
+    row: list[str] = next(_read(path, split.option, lambda file: csv.reader(file, **_form(tabs=".tsv" in name))), [])
+    return row
+
+
 def unpacked(batch: Mapping[str, list]) -> Iterator[Any]:
     """The records of a batch of a table's rows: mappings, or what stands in a file in place of one."""
     if list(batch) == [_RAW]:
@@ -157,7 +171,6 @@ def _records(path: Path, option: str, names: tuple[str, ...] = ()) -> Iterator[A
     Args:
         names: of the columns of a CSV or TSV file without a header.
     """
-    opened: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
     name = path.name.lower()
     if names and not (".csv" in name or ".tsv" in name):
         raise UserError(f"data.column_names: found with {path}, expected .csv or .tsv files")
@@ -166,9 +179,15 @@ def _records(path: Path, option: str, names: tuple[str, ...] = ()) -> Iterator[A
         raise UserError(
             f"{option}: {path} is running text, expected records in .json, .jsonl, .csv or .parquet (or data.format text)"
         )
+    yield from _read(path, option, read)
+
+
+def _read(path: Path, option: str, parse: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+    """What `parse` makes of an open file; UserError where it cannot be read."""
+    opened: Callable[..., Any] = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield from read(file)
+            yield from parse(file)
     except _BrokenFileError as error:
         raise UserError(f"{option}: {path} {error}") from error
     except UnicodeDecodeError as error:
@@ -206,9 +225,12 @@ def _parsed(line: str) -> Any:
 
 
 def _csv_records(file: Any, names: tuple[str, ...], tabs: bool) -> Iterator[Any]:
-    """Between tabs, as in GLUE's own files, quotation marks are text."""
-    form: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    return _rows(csv.DictReader(file, fieldnames=names or None, restkey="", **form))
+    return _rows(csv.DictReader(file, fieldnames=names or None, restkey="", **_form(tabs=tabs)))
+
+
+def _form(*, tabs: bool) -> dict[str, Any]:
+    """Of csv's readers. Between tabs, as in GLUE's own files, quotation marks are text."""
+    return {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
 
 
 def _rows(rows: csv.DictReader) -> Iterator[Any]:

@@ -27,6 +27,7 @@ from lora_dist.config import RunConfig
 from lora_dist.engine.base import BaseAndPattern
 from lora_dist.engine.checkpoint import Checkpoint
 from lora_dist.log import UserError
+from lora_dist.models.architecture import decoder_layers
 
 
 def refuse_strategy(kind: str, strategy: str) -> None:
@@ -69,11 +70,13 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
         use_rslora=args.use_rslora,
         form=args.form,
         base_fingerprint=opened.base.fingerprint,
-        adapter_type=args.type,
+        adapter_type=config.adapter_kind,
         init_lora_weights=args.init_lora_weights,
         adalora=args.adalora,
         feedforward_modules=args.feedforward_modules,
         weight_OI=_weight_reader(opened),
+        whole_modules=args.modules_to_save,
+        bias=args.bias,
         **task,
     )
     if opened.base.heads:
@@ -82,7 +85,24 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
         with warnings.catch_warnings():  # transformers 5.23 renames it, 5.17 has this name only
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.train.gradient_checkpointing_layers != "all":
+            recompute_first(opened.base.model, config.train.gradient_checkpointing_layers)
     return model
+
+
+def recompute_first(base: Any, layers: str) -> None:
+    """Leave gradient checkpointing to the first so many layers, which the backward pass reaches last, when most memory is free again.
+
+    Raises:
+        UserError: `auto`, which `cli/train.py` turns into a number.
+    """
+    if not layers.isdigit():
+        raise UserError(
+            f"train.gradient_checkpointing_layers: found {layers}, expected all or a number outside of lora-dist train"
+        )
+    layer: Any
+    for i, layer in enumerate(decoder_layers(base)[1]):
+        layer.gradient_checkpointing = i < int(layers)
 
 
 def _weight_reader(opened: BaseAndPattern) -> Callable[[str], Tensor] | None:
@@ -107,7 +127,10 @@ def check_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
     """
     then: Any = read_adapter_config(checkpoint.adapter)
     args, kind = config.adapter, adapter_type(then)
-    pairs: list[tuple[str, Any, Any]] = [("type", kind, args.type)]
+    if "sparse_full" in (kind, config.adapter_kind) and kind != config.adapter_kind:
+        modes = ["sparse_full" if each == "sparse_full" else "lora" for each in (kind, config.adapter_kind)]
+        raise UserError(f"train.mode: was {modes[0]} when {checkpoint.path.name} was written, found {modes[1]}: set it as it was")
+    pairs: list[tuple[str, Any, Any]] = [("type", kind, config.adapter_kind)]
     if kind in ("lora", "dora"):
         frozen, principal = read_frozen_rank(checkpoint.adapter / ADAPTER_FILE), is_principal(args.init_lora_weights)
         if bool(frozen) != principal:

@@ -11,7 +11,7 @@ import torch
 
 from lora_dist.arguments import GenerateArgs
 from lora_dist.data.templates import load_template
-from lora_dist.engine.open_model import asked_quantisation, open_model
+from lora_dist.engine.open_model import asked_quantisation, open_model, require_language_model
 from lora_dist.engine.prompts import Form, Prompt, check_text, read_prompts
 from lora_dist.generation import Answer, context_of, encode, generate, room_problems
 from lora_dist.parallel import World
@@ -59,7 +59,9 @@ class Answerer:
             trust_remote_code=args.trust_remote_code,
             quantisation=asked_quantisation(args),
             as_stored=args.as_stored,
+            storage=args.storage,
         )
+        require_language_model(self._opened, args.model)
         self.quantisation = self._opened.quantisation
         self.form = Form(self._opened.base.tokenizer, template, args.chat, args.system)
         self.context = context_of(self._opened.base.model)

@@ -23,9 +23,9 @@ from typing import Any, Literal
 
 import yaml
 
-from lora_dist.engine.held import RUN, HeldFolder, read_run_id, write_whole
+from lora_dist.engine.held import HeldFolder, read_run_id, write_whole
 from lora_dist.log import logger
-from lora_dist.state import ATTEMPTS, STATUS
+from lora_dist.state import ATTEMPTS, RUN, STATUS
 
 _NUMBER = re.compile(r"attempt-(\d+)\.(?:json|log|yaml)")
 _GIT_TIMEOUT_S = 10

@@ -15,10 +15,12 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCardData
 
+from lora_dist.adapter import read_labels, read_quantisation
 from lora_dist.blocks import MASK_FILE, Pattern
-from lora_dist.engine.folder import CONFIG, METRICS
 from lora_dist.log import UserError
 from lora_dist.models.onnx_export import ONNX_FILE
+from lora_dist.models.quantised import Quantisation
+from lora_dist.state import CONFIG, METRICS
 
 _ADAPTER, _MERGE, _PRUNING, _EXPORT = "adapter_config.json", "merge.json", "pruning.json", "export.json"
 
@@ -41,6 +43,10 @@ class Facts:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     pruning: Mapping[str, Any] = field(default_factory=dict)
     proofs: list[str] = field(default_factory=list)
+    trained_on: str = ""
+    """how the base was quantised in training; empty: it was not"""
+    num_labels: int | None = None
+    """of a classifier's adapter"""
 
 
 def gather_facts(folder: Path, base_model: str | None) -> Facts:
@@ -86,6 +92,11 @@ def gather_facts(folder: Path, base_model: str | None) -> Facts:
         (_lines(run / METRICS) if run else []),
         pruning,
     )
+    quantised = read_quantisation(folder)
+    facts.trained_on = (
+        str(Quantisation.from_dict(quantised)) if quantised else (merge.get("quantised") or {}).get("quantisation", "")
+    )
+    facts.num_labels = (read_labels(folder) or {}).get("num_labels")
     if merge and facts.pattern is not None:
         facts.proofs.append(f"merged: {merge['zero_tiles']:,} pruned tiles found exactly 0.0 in the written files")
     if merge:
@@ -97,7 +108,11 @@ def gather_facts(folder: Path, base_model: str | None) -> Facts:
 
 def model_card(facts: Facts, repo_id: str) -> str:
     """README.md of the repository: YAML for the hub, and Markdown."""
-    tags = ["lora_dist"] + (["block-sparse"] if facts.pattern is not None else []) + (["lora"] if facts.adapter else [])
+    tags = (
+        ["lora_dist"]
+        + (["block-sparse"] if facts.pattern is not None else [])
+        + ([_adapter_name(facts.adapter).lower()] if facts.adapter else [])
+    )
     header = ModelCardData(
         base_model=facts.base if facts.base_on_hub else None,
         library_name="peft" if facts.adapter else "onnx" if facts.kind == "ONNX model" else "transformers",
@@ -120,15 +135,28 @@ def model_card(facts: Facts, repo_id: str) -> str:
 
 
 def _summary(facts: Facts) -> str:
-    what = {"adapter": "A LoRA adapter", "merged model": "A model with its LoRA adapter merged"}.get(
-        facts.kind, f"A {facts.kind}"
-    )
+    name = _adapter_name(facts.adapter or {})
+    what = f"{'An' if name[0] in 'AI' else 'A'} {name} adapter" if facts.kind == "adapter" else f"A {facts.kind}"
+    if facts.kind == "merged model":
+        what = "A model with its adapter merged"
     of = f" for `{facts.base}`" if facts.base and facts.kind == "adapter" else f" of `{facts.base}`" if facts.base else ""
     if facts.pattern is None:
         return f"{what}{of}."
     tiles = f", in whole {facts.pattern.block}x{facts.pattern.block} tiles" if facts.pattern.kind == "block" else ""
     kept = "the update is exactly zero there" if facts.kind == "adapter" else "each of these is exactly 0.0"
     return f"{what}{of}. {facts.pattern.sparsity:.1%} of the weights of the pruned linears are zero{tiles}; {kept}."
+
+
+def _adapter_name(adapter: Mapping[str, Any]) -> str:
+    """LoRA, DoRA, AdaLoRA, IA3 or what is trained without an adapter, by its config."""
+    kind = str(adapter.get("peft_type", "")).removeprefix("BLOCK_")
+    names = {"ADALORA": "AdaLoRA", "IA3": "IA3", "FULL": "sparse full fine-tuning"}
+    return "DoRA" if adapter.get("use_dora") else names.get(kind, "LoRA")
+
+
+def _numbers_of(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of a config says how large an update may be."""
+    return () if adapter.get("peft_type") == "BLOCK_FULL" else ("r", "lora_alpha", "lora_dropout")
 
 
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -152,10 +180,14 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
             "adapter",
             ", ".join(
                 [str(adapter.get("peft_type"))]
-                + [f"{key} {adapter[key]}" for key in ("r", "lora_alpha", "lora_dropout") if adapter.get(key) is not None]
+                + [f"{key} {adapter[key]}" for key in _numbers_of(adapter) if adapter.get(key) is not None]
             ),
         )
+        if adapter.get("whole_parameters"):
+            yield "trained whole", f"{len(adapter['whole_parameters'])} tensors of the base"
         yield "target modules", ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets)
+    if facts.trained_on:
+        yield "base in training", f"quantised, {facts.trained_on}"
     yield from _training(facts.run)
 
 
@@ -200,10 +232,12 @@ def _usage(facts: Facts, repo_id: str) -> str:
             "import onnxruntime\nfrom huggingface_hub import snapshot_download\n\n"
             f'session = onnxruntime.InferenceSession(snapshot_download("{repo_id}") + "/{ONNX_FILE}")'
         )
-    load = f'from transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained("{{}}")\n'
+    labels = f", num_labels={facts.num_labels}" if facts.num_labels is not None else ""
+    load = f'from transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained("{{}}"{labels})\n'
     if not facts.adapter:
         return load.format(repo_id) + f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}")'
-    needs = "import lora_dist  # without it, peft refuses an adapter that has a mask\n" if facts.pattern is not None else ""
+    masked = facts.pattern is not None and _adapter_name(facts.adapter) != "IA3"  # whose files are PEFT's own
+    needs = "import lora_dist  # without it, peft refuses an adapter that has a mask\n" if masked else ""
     base = facts.base if facts.base_on_hub else "THE_BASE"
     return f'{needs}from peft import PeftModel\n{load.format(base)}model = PeftModel.from_pretrained(model, "{repo_id}")'
 

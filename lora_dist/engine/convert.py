@@ -22,6 +22,7 @@ from lora_dist.arguments import ConvertArgs
 from lora_dist.engine.merge import MAX_LOGITS_ERROR, probe_logits, probe_tokens, relative_difference
 from lora_dist.engine.pattern import base_pattern
 from lora_dist.log import GuardError, UserError
+from lora_dist.models.block_storage import require_tiles
 from lora_dist.models.export import check_output, model_bytes, save_model
 from lora_dist.models.hub import resolve
 from lora_dist.models.legacy import globals_of, read_inert, read_trusted
@@ -85,7 +86,8 @@ def convert(args: ConvertArgs) -> ConvertReport:
     check_output(args.out, need_bytes=model_bytes(model))
     _check_vocabulary(model, tokenizer, path)
     pattern_found = base_pattern(model, None, block=args.block)
-    pattern = pattern_found.pattern if pattern_found.pattern is not None and pattern_found.pattern.kind == "block" else None
+    # Of single elements alone, what is kept is in the weights.
+    pattern = pattern_found.pattern if pattern_found.pattern is not None and pattern_found.pattern.block > 1 else None
     report: list[ConvertReport] = []
 
     def prove(staging: Path) -> Mapping[str, str]:
@@ -105,7 +107,9 @@ def convert(args: ConvertArgs) -> ConvertReport:
         report.append(done)
         return {REPORT_FILE: _record(path, args, done)}
 
-    save_model(model, tokenizer, args.out, pattern=pattern, prove=prove)
+    if args.storage == "blocks":
+        require_tiles(pattern, args.pickle, key="storage")
+    save_model(model, tokenizer, args.out, pattern=pattern, prove=prove, storage=args.storage)
     _say(report[0])
     return report[0]
 

@@ -5,18 +5,21 @@ Called by `engine/setup.py`.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from lora_dist.config import RunConfig, weights_of
-from lora_dist.data.classification import ClassEncoder, ClassRows, Subset, balanced_weights, class_rows, subset_of
+from lora_dist.data.classification import ClassEncoder, ClassRows, balanced_weights, class_rows
 from lora_dist.data.encoding import make_encoder
 from lora_dist.data.examples import ExampleSplits, format_of, load_examples
-from lora_dist.data.files import is_local
+from lora_dist.data.files import LocalSplit, is_local
+from lora_dist.data.glue import Subset, missing_columns, subset_of
 from lora_dist.data.packing import PackedExamples
-from lora_dist.data.records import Format
+from lora_dist.data.records import Format, columns_of, first_row
 from lora_dist.data.rows import Rows
-from lora_dist.data.sources import TextSource, require_source
+from lora_dist.data.sources import TextSource, cache_root, find_splits, require_source
 from lora_dist.data.templates import load_template
 from lora_dist.data.text import hold_out, load_windows
 from lora_dist.engine.task import CausalTask, ClassTask, Task
@@ -35,6 +38,7 @@ _EXAMPLE_KEYS = (
     f"data.format, {_SOURCE_KEYS}, data.prompt_template, data.train_on_inputs, data.add_eos_token, data.special_tokens, {_END_KEYS}, "
     "data.packing, data.packing_length"
 )
+_NO_HEADER = " (files without a header: data.column_names names their columns)"
 _CLASS_KEYS = f"{_SOURCE_KEYS}, data.text_column, data.text_pair_column, data.label_column, train.class_weights, {_END_KEYS}"
 
 
@@ -50,6 +54,8 @@ class RunData:
     content_keys: str
     """the options that they follow from, their number apart"""
     task: Task
+    teacher: str | None = None
+    """fingerprint of the model that is learnt from as well"""
 
 
 def run_data(config: RunConfig, world: World, console: Console, base: LoadedBase, kind: Kind) -> RunData:
@@ -68,7 +74,7 @@ def run_data(config: RunConfig, world: World, console: Console, base: LoadedBase
             console.note("data.format auto: the rows are text")
         return _windows(config, world, console, base, _source(config))
     if kind == "classification":
-        return _classes(config, world, console, base, _source(config))
+        return _classes(config, world, console, base)
     return _examples(config, world, console, base, _source(config), kind)
 
 
@@ -82,6 +88,9 @@ def data_kind(config: RunConfig, world: World) -> Kind:
     with world.main_first():
         if kind == "auto":
             kind = format_of(_source(config), data.cache_dir)
+        elif kind == "classification":
+            _refuse_for_labels(config)
+            _class_source(config)
         else:
             require_source(_source(config), data.cache_dir, noun="text" if kind == "text" else "records")
     if kind == "text":
@@ -103,7 +112,7 @@ def _source(config: RunConfig) -> TextSource:
         dataset_name=data.dataset_name,
         dataset_config_name=data.dataset_config_name,
         validation_file=data.validation_file,
-        text_column=data.text_column,
+        text_column=data.text_column or "text",
         document_separator=data.document_separator,
         column_names=tuple(name.strip() for name in data.column_names.split(",")) if data.column_names else (),
         train_split=data.train_split,
@@ -177,18 +186,49 @@ def _examples(config: RunConfig, world: World, console: Console, base: LoadedBas
     return RunData(packed, scored, "packed rows", _EXAMPLE_KEYS, CausalTask())
 
 
-def subset_for(config: RunConfig) -> Subset:
-    """Columns, labels and metrics, as asked for or as GLUE has them."""
+def subset_for(config: RunConfig, columns: Collection[str] = ()) -> Subset:
+    """Columns, labels and metrics, as asked for or as GLUE has them, in files with these columns."""
     data, count = config.data, config.model.num_labels
     return subset_of(
         data.dataset_name,
         data.dataset_config_name,
-        text=None if data.text_column == "text" else data.text_column,
+        text=data.text_column,
         pair=data.text_pair_column,
         label=data.label_column,
         regression=count == 1,
         binary=count == 2,
+        columns=columns,
     )
+
+
+def _class_source(config: RunConfig) -> tuple[TextSource, Subset]:
+    """Where labelled texts are, and the columns to read of them.
+
+    Raises:
+        UserError: no such data; local files that do not have the columns.
+    """
+    source, subset = _source(config), subset_for(config)
+    splits = find_splits(source, ("train", "validation"), cache_root(config.data.cache_dir) / "hub", noun="records")
+    local = {name: split for name, split in splits.items() if isinstance(split, LocalSplit)}
+    if not local:
+        return source, subset  # the hub's: read when it is loaded, from the cache where there is one
+    row = first_row(next(iter(local.values()))) if subset.no_header and not source.column_names else []
+    if row and len(row) == len(subset.no_header) and subset.text not in row:
+        source = dataclasses.replace(source, column_names=subset.no_header)
+        local = {name: dataclasses.replace(split, names=subset.no_header) for name, split in local.items()}
+    columns = {name: columns_of(split) for name, split in local.items()}
+    subset = subset_for(config, next(iter(columns.values())))
+    where = {name: f"the {name} split of {config.data.dataset_name}" for name in columns}
+    if "validation" in where and config.data.validation_file is not None:
+        where["validation"] = config.data.validation_file
+    problems = [problem for name, found in columns.items() for problem in missing_columns(subset, sorted(found), where[name])]
+    headed = (
+        any(file.suffix.lower() in (".csv", ".tsv") for split in local.values() for file in split.files)
+        and not source.column_names
+    )
+    if problems:
+        raise UserError([each + (_NO_HEADER if headed else "") for each in problems])
+    return source, subset
 
 
 def _validation_split(config: RunConfig) -> str:
@@ -208,9 +248,9 @@ def head_for(config: RunConfig) -> HeadSpec | None:
     return HeadSpec(config.model.num_labels or known, config.train.seed)
 
 
-def _classes(config: RunConfig, world: World, console: Console, base: LoadedBase, source: TextSource) -> RunData:
+def _classes(config: RunConfig, world: World, console: Console, base: LoadedBase) -> RunData:
     data, train, model = config.data, config.train, base.model.config
-    subset = subset_for(config)
+    source, subset = _class_source(config)
     regression = model.num_labels == 1
     pairs = subset.pair is not None and takes_token_types(base.model, base.tokenizer)
     encoder = ClassEncoder(base.tokenizer, data.block_size, subset, regression, token_types=pairs)
@@ -234,39 +274,60 @@ def _classes(config: RunConfig, world: World, console: Console, base: LoadedBase
         training = training.take(data.max_train_samples)
     if evaluation is not None and data.max_eval_samples is not None:
         evaluation = evaluation.take(data.max_eval_samples)
+    unseen = [] if labels is None else [name for i, name in enumerate(labels.names) if not (training.targets_N == i).any()]
+    if unseen:
+        console.warning(
+            f"data.label_column: no example to train on has the label {', '.join(unseen)}: the model will not learn it"
+        )
     training = training.weighted(_class_weights(train.class_weights, training, model.num_labels))
     _tell_loaded(config, console, len(training), len(evaluation) if evaluation is not None else 0, loaded.from_cache)
     _tell_records(console, data.block_size, loaded, answers=False)
-    metrics = (
-        subset.metrics
-        if regression == ("pearson" in subset.metrics)
-        else ("pearson", "spearmanr")
-        if regression
-        else ("accuracy",)
-    )
-    best = train.metric_for_best_model or metrics[0]
-    if best != "eval_loss" and (best in ("pearson", "spearmanr")) != regression:
-        raise UserError(
-            f"train.metric_for_best_model: found {best} with {model.num_labels} labels, expected eval_loss or one of {', '.join(metrics)}"
-        )
-    metrics = tuple(dict.fromkeys((*metrics, *([best] if best != "eval_loss" else []))))
+    metrics, best = _measures(train.metric_for_best_model, subset, model.num_labels)
     scored = None if train.eval_strategy == "no" or evaluation is None else evaluation.by_length()
     return RunData(training, scored, "examples", _CLASS_KEYS, ClassTask(metrics, best))
 
 
+def _measures(asked: str | None, subset: Subset, num_labels: int) -> tuple[tuple[str, ...], str]:
+    """What an evaluation measures beside its loss, and what the best adapter is chosen by."""
+    regression, metrics = num_labels == 1, subset.metrics
+    if regression != ("pearson" in metrics):
+        metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
+    best = asked or metrics[0]
+    if best == "eval_loss":
+        return metrics, best
+    if (best in ("pearson", "spearmanr")) != regression:
+        raise UserError(
+            f"train.metric_for_best_model: found {best} with {num_labels} labels, expected eval_loss or one of {', '.join(metrics)}"
+        )
+    return tuple(dict.fromkeys((*metrics, best))), best
+
+
+def _refuse_for_labels(config: RunConfig) -> None:
+    """What does not go with the number of labels, where that is known without the model.
+
+    Raises:
+        UserError: a metric or class weights of another number.
+    """
+    head = head_for(config)
+    if head is not None and head.num_labels is not None:
+        _measures(config.train.metric_for_best_model, subset_for(config), head.num_labels)
+        _check_weights(config.train.class_weights, head.num_labels)
+
+
+def _check_weights(asked: str, num_labels: int) -> None:
+    weights = weights_of(asked) if asked not in ("none", "balanced") else None
+    if num_labels == 1 and asked != "none":
+        raise UserError(f"train.class_weights: found {asked}, but a number is predicted, expected none")
+    if weights is not None and len(weights) != num_labels:
+        raise UserError(f"train.class_weights: found {len(weights)} numbers, expected {num_labels}, one a label")
+
+
 def _class_weights(asked: str, rows: ClassRows, num_labels: int) -> list[float] | None:
     """What each label counts; None: alike."""
+    _check_weights(asked, num_labels)
     if asked == "none":
         return None
-    if num_labels == 1:
-        raise UserError(f"train.class_weights: found {asked}, but a number is predicted, expected none")
-    if asked == "balanced":
-        return balanced_weights(rows.targets_N, num_labels)
-    weights = weights_of(asked)
-    assert weights is not None
-    if len(weights) != num_labels:
-        raise UserError(f"train.class_weights: found {len(weights)} numbers, expected {num_labels}, one a label")
-    return weights
+    return balanced_weights(rows.targets_N, num_labels) if asked == "balanced" else weights_of(asked)
 
 
 def _require_train(name: str, splits: list[str]) -> None:

@@ -15,7 +15,7 @@ from lora_dist.arguments import EvalArgs
 from lora_dist.data.loader import eval_batches
 from lora_dist.data.sources import TextSource
 from lora_dist.data.text import Windows, hold_out, load_windows
-from lora_dist.engine.open_model import OpenModel, asked_quantisation, open_model
+from lora_dist.engine.open_model import OpenModel, asked_quantisation, open_model, require_language_model
 from lora_dist.evaluation.perplexity import EvalResult, evaluate_loss
 from lora_dist.evaluation.together import main_first
 from lora_dist.log import UserError
@@ -57,7 +57,7 @@ def evaluate(args: EvalArgs, world: World, progress: Callable[[int], Callable[[]
 
 def open_for_evaluation(args: EvalArgs, model: str, adapter: str | None, world: World) -> OpenModel:
     """Collective. A model as the options say."""
-    return open_model(
+    opened = open_model(
         model,
         adapter,
         world=world,
@@ -67,7 +67,11 @@ def open_for_evaluation(args: EvalArgs, model: str, adapter: str | None, world: 
         trust_remote_code=args.trust_remote_code,
         quantisation=asked_quantisation(args),
         as_stored=args.as_stored,
+        storage=args.storage,
+        scoring=True,
     )
+    require_language_model(opened, model)
+    return opened
 
 
 def dtype_of(opened: OpenModel) -> str:

@@ -73,6 +73,7 @@ class Evaluations:
 
         done = itertools.count(1)
         self._mark("evaluation", p.state.step, 0)
+        p.stepper.clock.now = "evaluation"
 
         def on_batch() -> None:
             bar.update()
@@ -83,6 +84,7 @@ class Evaluations:
             result = p.task.evaluate(p.strategy.module, batches, world=p.world, samples=len(p.eval_rows), on_batch=on_batch)
         finally:
             bar.close()
+        p.stepper.clock.now = ""
         self.times_s.append(result.runtime_s)
         return result
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lora_dist.adapter import merge_adapter
+from lora_dist.adapter import compute_beside, merge_adapter
 from lora_dist.arguments import ExportArgs
 from lora_dist.blocks import Guard
 from lora_dist.engine.merge import check_logits, probe_logits, probe_tokens, relative_difference
@@ -58,11 +58,12 @@ def export(args: ExportArgs) -> ExportReport:
         if pattern is not None and not opened.masked:
             if not args.densify:
                 raise UserError(
-                    f"adapter: found plain LoRA for a base with {pattern.sparsity:.0%} pruned weights, whose pattern merging it would destroy, "
-                    "expected a masked one; --densify merges all of it, lora-dist merge --project keeps the pattern"
+                    f"adapter: found an unmasked update for a base with {pattern.sparsity:.0%} pruned weights, whose pattern merging it "
+                    "would destroy, expected a masked one; --densify merges all of it, lora-dist merge --project keeps the pattern"
                 )
             pattern = None
         ids_BL = probe_tokens(opened.base.model, torch.device("cpu"))
+        compute_beside(opened.model)
         before = probe_logits(opened.model, ids_BL)
         model = merge_adapter(opened.model)
         merged_error = relative_difference(probe_logits(model, ids_BL), before)

@@ -67,9 +67,10 @@ def next_steps(parts: Parts) -> list[str]:
             "1. Ask the fine-tuned model:",
             f"   lora-dist generate {base} --adapter {adapter} {'--chat' if data.format == 'chat' else form}",
         ]
-    pattern_lost = parts.pattern is None and parts.guard.pattern is not None
-    kept = ", pattern kept" if parts.pattern is not None else ""
+    scales = parts.config.adapter.type == "ia3"  # keeps every zero by itself
+    pattern_lost = parts.pattern is None and parts.guard.pattern is not None and not scales
+    kept = ", pattern kept" if parts.guard.pattern is not None and not pattern_lost else ""
     merge = f"2. Merge it{kept}:  lora-dist merge {base} {adapter} {merged}"
     if pattern_lost:
-        merge += " --densify   (plain LoRA: the pattern is lost)"
+        merge += " --densify   (unmasked: the pattern is lost)"
     return [*use, merge]

@@ -32,13 +32,12 @@ from lora_dist.engine.checkpoint import (
     run_id_of,
     verify,
 )  # fmt: skip
-from lora_dist.engine.held import LOCK, RUN, HeldFolder, lock_folder, read_run_id
+from lora_dist.engine.held import LOCK, HeldFolder, lock_folder, read_run_id
 from lora_dist.log import UserError, disk_advice
 from lora_dist.process import flush
-from lora_dist.state import ATTEMPTS
+from lora_dist.state import ATTEMPTS, CONFIG, RUN
 
 _MODEL_MARKS = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-METRICS, LOG, CONFIG = "metrics.jsonl", "train.log", "run_config.yaml"
 _MAY_CHANGE = {
     "train.resume_from_checkpoint",
     "train.overwrite_output_dir",

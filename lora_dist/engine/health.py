@@ -23,8 +23,8 @@ from lora_dist.engine.checkpoint import Checkpoint, find_checkpoint, load_checkp
 from lora_dist.engine.saver import Saver
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.step import NonFiniteError, Problem, StepResult
+from lora_dist.state import POST_MORTEM
 
-POST_MORTEM = "post-mortem"
 SPIKE_WINDOW, SPIKE_HISTORY = 32, 16
 """steps that the median is of, at most and at least"""
 _RECENT = 20

@@ -20,8 +20,9 @@ from typing import IO
 
 from lora_dist.log import UserError, logger
 from lora_dist.process import flush
+from lora_dist.state import RUN
 
-LOCK, RUN = ".lock", "run.json"
+LOCK = ".lock"
 _POLL_S = 0.2
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 

@@ -23,6 +23,7 @@ from lora_dist.engine.pattern import base_pattern, zero_share
 from lora_dist.log import UserError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.loading import load_base
+from lora_dist.models.sources import some
 from lora_dist.models.uneven import recorded_widths
 
 OTHER_BLOCKS = (4, 8, 16, 32, 64)
@@ -73,12 +74,13 @@ def _adapter(folder: Path) -> Inspection:
     if bad:
         found.findings.append(f"{len(bad)} tensors are not finite, first {bad[0]}: the training diverged")
     kind = adapter_type(config)
-    start, value = {"adalora": ("lora_E", 0), "ia3": ("ia3_l", 1)}.get(kind, ("lora_B", 0))
+    start, value = {"adalora": ("lora_E", 0), "ia3": ("ia3_l", 1), "sparse_full": ("lora_delta", 0)}.get(kind, ("lora_B", 0))
     if kind != "dora" and not any(start in name and bool((tensor != value).any()) for name, tensor in tensors.items()):
         word = "zero" if value == 0 else "one"
         found.findings.append(f"every {start} is {word}: this adapter was never trained and changes nothing")
     if pattern is not None:
-        targets = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in tensors if ".lora_" in name}
+        adapted = (name for name in tensors if ".lora_" in name and ".lora_whole_" not in name)
+        targets = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in adapted}
         unknown = sorted(t for t in targets if t not in pattern)
         if unknown:
             found.facts.append(f"{len(unknown)} adapted linears are outside the pattern (dense update), first {unknown[0]}")
@@ -105,6 +107,10 @@ def _model(name: str, block: int) -> Inspection:
         found.findings += _stored_against_weights(linears, pattern)
     elif widths is not None and pattern_found.zero_share == 0:
         pass  # pruned, by taking heads and neurons out
+    elif pattern is not None and pattern.is_mixed:
+        inner = [name for name, mask in pattern.items() if mask.kind == "element"]
+        found.facts.append(f"{len(inner)} linears have zeros inside of kept tiles too and get a mask of elements: {some(inner)}")
+        found.findings += _other_side(linears, block, pattern_found.zero_share)
     elif pattern is None or pattern.kind == "element":
         found.findings += _other_blocks(linears, block, pattern_found.zero_share)
     else:
@@ -139,6 +145,13 @@ def _other_blocks(linears: list[NamedLinear], block: int, share: float) -> list[
     """Which tile side would account for the zeros that are there."""
     if share == 0:
         return ["no zero weights at all: this model is not pruned"]
+    return _other_side(linears, block, share) or [
+        f"the zeros ({share:.1%} of the weights) do not form tiles of {', '.join(map(str, OTHER_BLOCKS))}: an element pattern"
+    ]
+
+
+def _other_side(linears: list[NamedLinear], block: int, share: float) -> list[str]:
+    """The advice to take another tile side, if one accounts for the zeros."""
     for side in sorted(OTHER_BLOCKS, reverse=True):
         if side == block:
             continue
@@ -146,6 +159,4 @@ def _other_blocks(linears: list[NamedLinear], block: int, share: float) -> list[
         inside = sum(linear.weight_OI.numel() - BlockMask.detect(linear.weight_OI, side).kept_elements() for linear in linears)
         if inside / total >= MIN_EXPLAINED * share:
             return [f"the zeros lie in whole {side}x{side} tiles: use --block {side} (adapter.block {side})"]
-    return [
-        f"the zeros ({share:.1%} of the weights) do not form tiles of {', '.join(map(str, OTHER_BLOCKS))}: an element pattern"
-    ]
+    return []

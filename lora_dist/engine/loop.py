@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lora_dist.adapter import read_adapter_tensors
+from lora_dist.adapter import frozen_elements, read_adapter_tensors
+from lora_dist.config import steps_of
 from lora_dist.data.loader import StepBatch
 from lora_dist.engine.checkpoint import ADAPTER, verify
 from lora_dist.engine.evaluations import Evaluations
 from lora_dist.engine.final import final_folder, next_steps, write_final
 from lora_dist.engine.health import Health
-from lora_dist.engine.memory import peak_memory_gib
+from lora_dist.engine.profile import TRACES, Profile
 from lora_dist.engine.saver import Saver
 from lora_dist.engine.schedule import learning_rate
 from lora_dist.engine.setup import Parts
@@ -25,6 +26,7 @@ from lora_dist.engine.step import NonFiniteError, StepResult
 from lora_dist.engine.stop import TIME_LIMIT, Stop, Stopped, first_reason
 from lora_dist.engine.tally import Tally
 from lora_dist.engine.task import figures_of
+from lora_dist.engine.telemetry import Telemetry
 from lora_dist.engine.watch import STACKS, Watch
 from lora_dist.evaluation.perplexity import EvalResult
 from lora_dist.log import EXIT_HUNG, UserError
@@ -51,6 +53,8 @@ class Loop:
         self.parts = parts
         self.state = parts.state
         self.stop = stop or Stop()
+        self.telemetry = Telemetry(parts)
+        self._record = self.telemetry.record
         self.saver = Saver(parts, self._record)
         self.watch = Watch(
             parts.world,
@@ -62,12 +66,12 @@ class Loop:
         self.health = Health(parts, self.saver, self._record)
         self.tally = Tally(parts, self._record)
         self.train = parts.config.train
+        traces = parts.output_dir / TRACES / f"attempt-{parts.attempt_number}"
+        steps = steps_of(self.train.profile) if self.train.profile is not None else None
+        self.profile = Profile(steps, traces, parts.world.rank, parts.world.device)
         self._started_s = time.perf_counter()
         self._time_before_s = parts.state.train_time_s
         self._step_times_s: list[float] = []
-        self._since_log_tokens = 0
-        self._since_log_padding, self._since_log_computed = 0.0, 0.0
-        self._since_log_s = 0.0
         self._told_time_to_stop = False
 
     # The whole run
@@ -82,7 +86,7 @@ class Loop:
             total_batch=p.loader.global_batch,
             accumulation=p.loader.accumulation,
             steps=p.total_steps,
-            trainable=sum(shape.numel() for shape in p.strategy.shapes.values()),
+            trainable=sum(shape.numel() for shape in p.strategy.shapes.values()) - frozen_elements(p.model),
         )
         self.stop.training_starts()
         self.watch.start()
@@ -107,6 +111,8 @@ class Loop:
             raise
         finally:
             self.watch.mark("waiting for the last save", self.state.step)
+            if self.profile.close():
+                self._tell_of_trace()
             self.saver.close()
             self.watch.stop()
 
@@ -133,7 +139,14 @@ class Loop:
         steps = self.parts.loader.steps_from(self.state.cursor)
         while True:
             self.watch.mark("loading data", self.state.step + 1)
-            yield next(steps)
+            if self.profile.next_step():
+                self._tell_of_trace()
+            with self.parts.stepper.clock.host("data"):
+                batch = next(steps)
+            yield batch
+
+    def _tell_of_trace(self) -> None:
+        self.parts.console.note(f"traced steps {self.train.profile}: {self.profile.folder}")
 
     def _make_up_evaluation(self) -> None:
         """Collective: of a checkpoint whose attempt was stopped just before it, or killed before what it found was saved."""
@@ -152,8 +165,7 @@ class Loop:
         self.watch.mark("agreeing to go on", self.state.step + 1)
         counts = (batch.label_tokens, batch.tokens, batch.computed_tokens, self.saver.news)
         tokens, held, computed, news, *asked = self.parts.world.sum([*map(float, counts), *self.stop.flags(self._needed_s())])
-        self._since_log_padding += computed - held
-        self._since_log_computed += computed
+        self.telemetry.batch(held, computed)
         if news:
             self.saver.absorb()
         self._tell_time_to_stop()
@@ -177,6 +189,8 @@ class Loop:
         state = self.state
         epoch_ends = self.tally.epoch_ends()
         improved = self._evaluation_due(epoch_ends) and self.evaluations.run()
+        if self._evaluation_due(epoch_ends):
+            self.telemetry.adapter_norms()
         state.evaluated_step = state.step
         due = improved or again or self._due(self.train.save_strategy, self.train.save_steps, epoch_ends)
         if due and self.train.save_strategy != "no":
@@ -220,7 +234,7 @@ class Loop:
         )
         state.train_time_s = self._elapsed_s()
         self._step_times_s.append(result.step_time_s)
-        self._since_log_s += result.step_time_s
+        self.telemetry.step(result)
         if result.problem is not None:
             self.watch.mark("acting on a step that was not taken", result.problem.step)
             return result if self.health.handle(result.problem, batch, rate) == "skip" else None
@@ -229,12 +243,13 @@ class Loop:
         state.tokens += result.label_tokens
         state.loss_window_sum += result.loss
         state.loss_window_steps += 1
+        for name, value in result.parts.items():
+            state.parts_window[name] = state.parts_window.get(name, 0.0) + value
         state.skipped_steps += not result.applied
         if result.applied:
             self.health.took(result)
         if p.strategy.loss_scale is not None:
             state.loss_scale, state.loss_scale_good_steps = p.strategy.loss_scale.scale, p.strategy.loss_scale.good_steps
-        self._since_log_tokens += result.label_tokens
         self.tally.add(batch, result, total_tokens)
         if len(self._step_times_s) == min(EXPECT_AFTER_STEPS, p.total_steps):
             p.console.expected_time(self._expected_s())
@@ -243,6 +258,7 @@ class Loop:
     # Logging
 
     def _log(self, result: StepResult) -> None:
+        """Collective, where a line is due."""
         p, state, train = self.parts, self.state, self.train
         last = state.step == p.total_steps
         if not (state.step % train.logging_steps == 0 or last or (state.step == 1 and train.logging_first_step)):
@@ -250,37 +266,13 @@ class Loop:
         if state.loss_window_steps == 0:
             return  # every step since the last line was left out
         loss = state.loss_window_sum / state.loss_window_steps
-        state.loss_window_sum, state.loss_window_steps, state.last_train_loss = 0.0, 0, loss
+        parts = {name: value / state.loss_window_steps for name, value in state.parts_window.items()}
+        state.loss_window_sum, state.loss_window_steps, state.last_train_loss, state.parts_window = 0.0, 0, loss, {}
         accuracy = self.tally.window_accuracy()
         rate, epoch = self._rate(state.step - 1), self.state.cursor / len(p.train_rows)
         p.console.step(step=state.step, total=p.total_steps, loss=loss, rate=rate, epoch=epoch, elapsed_s=self._elapsed_s())
-        tokens_per_s = self._since_log_tokens / self._since_log_s
-        padding_share = self._since_log_padding / max(1.0, self._since_log_computed)
-        self._since_log_tokens, self._since_log_s = 0, 0.0
-        self._since_log_padding, self._since_log_computed = 0.0, 0.0
-        values: dict[str, float] = {
-            "loss": loss,
-            **accuracy,
-            "learning_rate": rate,
-            "grad_norm": result.grad_norm,
-            "epoch": epoch,
-            "tokens": state.tokens,
-            "tokens_per_s": tokens_per_s,
-            "padding_share": padding_share,
-            "step_time_s": result.step_time_s,
-            "peak_mem_gib": peak_memory_gib(p.world.device),
-        }
-        if p.strategy.loss_scale is not None:
-            values |= {"loss_scale": float(state.loss_scale or 0), "skipped_steps": state.skipped_steps}
-        self._record("train", values)
-
-    def _record(self, event: str, values: Mapping[str, float]) -> None:
-        """To metrics.jsonl and the tracker, on rank 0."""
-        p = self.parts
-        if p.world.is_main:
-            p.metrics.write(self.state.step, event, values)
-        if p.tracker is not None:
-            p.tracker.log(self.state.step, {f"{event}/{name}": value for name, value in values.items()})
+        figures = {"loss": loss, **parts, **accuracy, "learning_rate": rate, "grad_norm": result.grad_norm, "epoch": epoch}
+        self.telemetry.log_steps(figures)
 
     # Guard and checkpoints
 
@@ -298,10 +290,11 @@ class Loop:
     def _save(self) -> None:
         """Collective: guard, snapshot; a thread does the rest."""
         self._checked_everywhere(f"before saving at step {self.state.step}")
-        self.watch.mark("waiting for the previous save", self.state.step)
-        self.saver.wait()
-        self.watch.mark("gathering for a save", self.state.step)
-        self.saver.start()
+        with self.parts.stepper.clock.host("save"):
+            self.watch.mark("waiting for the previous save", self.state.step)
+            self.saver.wait()
+            self.watch.mark("gathering for a save", self.state.step)
+            self.saver.start()
 
     def _stop_if_asked(self) -> None:
         """Collective.
@@ -364,7 +357,8 @@ class Loop:
             perplexity=figures_of(final).get("perplexity") if final else None,
             best_checkpoint=best,
         )
-        p.console.complete(final_folder(p), next_steps(p))
+        what = "Sparse full" if self.train.mode == "sparse_full" else "LoRA"
+        p.console.complete(final_folder(p), next_steps(p), what)
 
     # Small facts
 

@@ -1,10 +1,11 @@
-"""How much memory this process has used. Called by `engine/loop.py` and `engine/train.py`."""
+"""How much memory this process has used, of how much. Called by `engine/telemetry.py` and `engine/train.py`."""
 
 from __future__ import annotations
 
 import resource
 import sys
 
+import psutil
 import torch
 
 
@@ -14,3 +15,9 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def memory_gib(device: torch.device) -> float:
+    """All memory of the device: of the GPU, or of this machine."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else psutil.virtual_memory().total
+    return total / 2**30

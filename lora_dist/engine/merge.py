@@ -9,19 +9,30 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_dist.adapter import bias_update, is_adapter_parameter, layer_update, lora_layers, merge_adapter, update_outside_mask
+from lora_dist.adapter import (
+    bias_update,
+    compute_beside,
+    is_adapter_parameter,
+    layer_update,
+    lora_layers,
+    merge_adapter,
+    update_outside_mask,
+    whole_layers,
+)
 from lora_dist.arguments import MergeArgs
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.engine.base import make_guard, require_finite
 from lora_dist.engine.open_model import OpenModel, adapter_quantisation, open_model
 from lora_dist.log import GuardError, UserError
 from lora_dist.models.architecture import prunable_linears
+from lora_dist.models.block_storage import require_tiles
 from lora_dist.models.export import StreamedModel, check_output, plan_shards, prove_zeros, save_model
 from lora_dist.models.quantised import Quantisation
 from lora_dist.parallel import World, plain_name
@@ -91,16 +102,18 @@ def merge(args: MergeArgs, world: World) -> MergeReport:
     if plain_on_pruned and not (args.project or args.densify):
         lost = update_outside_mask(updates(opened), pattern)  # type: ignore[arg-type]
         raise UserError(
-            f"ADAPTER: found plain LoRA for a base with {pattern.sparsity:.0%} pruned weights; merging it would destroy the pattern. "  # type: ignore[union-attr]
+            f"ADAPTER: found an unmasked update for a base with {pattern.sparsity:.0%} pruned weights; merging it would destroy the pattern. "  # type: ignore[union-attr]
             f"Two ways out: --project merges and sets pruned tiles back to zero (throws away {lost:.0%} of the squared update: expect "
             "a much worse model, evaluate it), --densify merges all of it and gives the sparsity up"
         )
     project = pattern if args.project and plain_on_pruned else None
     kept = None if args.densify and plain_on_pruned else pattern
+    if args.storage == "blocks":
+        require_tiles(kept, args.base, key="storage")
     lost = update_outside_mask(updates(opened), project) if project is not None else 0.0
     dtype = opened.base.stored_dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     merging = merge_sharded if opened.sharded is not None else merge_whole
-    errors = merging(opened, world, Path(args.out), project=project, kept=kept, dtype=dtype)
+    errors = merging(opened, world, Path(args.out), project=project, kept=kept, dtype=dtype, storage=args.storage)
     transposed = {linear.name for linear in opened.linears if linear.transposed}
     quantised = None
     if trained_on is not None:
@@ -127,7 +140,7 @@ def merge(args: MergeArgs, world: World) -> MergeReport:
 
 def _open(args: MergeArgs, world: World, form: str) -> OpenModel:
     """Collective. Base and adapter, the base in one of its forms: quantised, dequantised (as stored, if it never was), original."""
-    return open_model(
+    opened = open_model(
         args.base,
         args.adapter,
         world=world,
@@ -138,6 +151,8 @@ def _open(args: MergeArgs, world: World, form: str) -> OpenModel:
         as_stored=form == "original",
         dequantise=form == "dequantised",
     )
+    compute_beside(opened.model)
+    return opened
 
 
 def _probe_forms(args: MergeArgs, world: World, trained_on: Quantisation | None) -> dict[str, Tensor]:
@@ -170,9 +185,16 @@ def updates(opened: OpenModel) -> Iterator[tuple[str, Tensor]]:
     return _of_layers(opened, layer_update)
 
 
-def _of_layers(opened: OpenModel, value: Callable[[Any], Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+def _whole_delta(key: str, layer: Any) -> Tensor | None:
+    delta: Tensor | None = layer.deltas().get(key)
+    return delta
+
+
+def _of_layers(
+    opened: OpenModel, value: Callable[[Any], Tensor | None], layers_of: Callable[[Any], Iterator[tuple[str, Any]]] = lora_layers
+) -> Iterator[tuple[str, Tensor]]:
     """(name in the base, what `value` makes of the layer, if anything); the layer is whole meanwhile."""
-    layers = list(lora_layers(opened.model))
+    layers = list(layers_of(opened.model))
     if opened.sharded is None:
         for name, layer in layers:
             found = value(layer)
@@ -201,7 +223,14 @@ class LogitErrors:
 
 
 def merge_whole(
-    opened: OpenModel, world: World, out: Path, *, project: Pattern | None, kept: Pattern | None, dtype: torch.dtype
+    opened: OpenModel,
+    world: World,
+    out: Path,
+    *,
+    project: Pattern | None,
+    kept: Pattern | None,
+    dtype: torch.dtype,
+    storage: str = "dense",
 ) -> LogitErrors:
     """Merge in this process's memory and write."""
     ids_BL = probe_tokens(opened.base.model, world.device)
@@ -219,13 +248,20 @@ def merge_whole(
     merged.to(dtype)
     rounded = relative_difference(probe_logits(merged, ids_BL), before)
     merged.config.use_cache = opened.base.use_cache
-    world.on_main(lambda: save_model(merged, opened.base.tokenizer, out, pattern=kept))
+    world.on_main(lambda: save_model(merged, opened.base.tokenizer, out, pattern=kept, storage=storage))
     return LogitErrors(float32, rounded, logits)
 
 
 @torch.no_grad()
 def merge_sharded(
-    opened: OpenModel, world: World, out: Path, *, project: Pattern | None, kept: Pattern | None, dtype: torch.dtype
+    opened: OpenModel,
+    world: World,
+    out: Path,
+    *,
+    project: Pattern | None,
+    kept: Pattern | None,
+    dtype: torch.dtype,
+    storage: str = "dense",
 ) -> LogitErrors:
     """Collective. Merge shard by shard; rank 0 gathers and writes a file at a time, so that no process ever holds the whole model."""
     sharded, model, base = opened.sharded, opened.model, opened.base.model
@@ -235,6 +271,9 @@ def merge_sharded(
     ids_BL = probe_tokens(base, world.device)
     before = probe_logits(model, ids_BL)
     transposed = {linear.name for linear in opened.linears if linear.transposed}
+    for key in ("weight", "bias"):
+        for name, delta in _of_layers(opened, partial(_whole_delta, key), whole_layers):
+            sharded.add(parameters[f"{name}.{key}"], delta)
     for name, delta_O in _of_layers(opened, bias_update):
         sharded.add(parameters[f"{name}.bias"], delta_O)
     for name, delta_OI in updates(opened):
@@ -252,12 +291,18 @@ def merge_sharded(
         piece.tensor.copy_(piece.tensor.to(dtype))
     with model.disable_adapter():
         rounded = relative_difference(probe_logits(model, ids_BL), before)
-    _write_gathered(opened, world, out, parameters, kept, dtype)
+    _write_gathered(opened, world, out, parameters, kept, dtype, storage)
     return LogitErrors(float32, rounded, logits)
 
 
 def _write_gathered(
-    opened: OpenModel, world: World, out: Path, parameters: Mapping[str, nn.Parameter], kept: Pattern | None, dtype: torch.dtype
+    opened: OpenModel,
+    world: World,
+    out: Path,
+    parameters: Mapping[str, nn.Parameter],
+    kept: Pattern | None,
+    dtype: torch.dtype,
+    storage: str,
 ) -> None:
     """Collective: every process gathers, rank 0 writes; its failure is raised on all once the gathering is over."""
     assert opened.sharded is not None
@@ -284,6 +329,7 @@ def _write_gathered(
     def finish() -> None:
         assert writer is not None
         model.config.use_cache, model.config.dtype = opened.base.use_cache, dtype
-        writer.finish(model, opened.base.tokenizer, index, kept)
+        transposed = {linear.name for linear in opened.linears if linear.transposed}
+        writer.finish(model, opened.base.tokenizer, index, kept, storage=storage, transposed=transposed)
 
     world.on_main(finish)

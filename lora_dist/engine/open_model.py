@@ -19,8 +19,11 @@ from lora_dist.adapter import (
 from lora_dist.arguments import QuantisedArgs
 from lora_dist.blocks import NamedLinear
 from lora_dist.engine.base import load_for
+from lora_dist.engine.cross_entropy import choose_cross_entropy
 from lora_dist.engine.pattern import FoundPattern
+from lora_dist.log import UserError
 from lora_dist.models.architecture import shard_units
+from lora_dist.models.chunked import put_chunked_head
 from lora_dist.models.heads import HeadSpec
 from lora_dist.models.loading import LoadedBase
 from lora_dist.models.quantised import Quantisation, quantisation_of
@@ -60,6 +63,8 @@ def open_model(
     quantisation: Quantisation | None = None,
     as_stored: bool = False,
     dequantise: bool = False,
+    storage: str = "dense",
+    scoring: bool = False,
 ) -> OpenModel:
     """Collective. Load a base, and an adapter onto it, on `world.device`.
 
@@ -69,6 +74,8 @@ def open_model(
         quantisation: of the base; None: as the adapter was trained.
         as_stored: leave the base as it is stored, whatever the adapter was trained on.
         dequantise: hold what the quantised weights stand for, as ordinary weights.
+        storage: dense, or blocks: of pruned linears the kept tiles only.
+        scoring: losses are to be computed without logits where the model allows it (`cross_entropy.py`).
         block: tile side to look for where no mask is stored; a masked adapter's own pattern decides otherwise.
 
     Raises:
@@ -80,8 +87,14 @@ def open_model(
         with world.main_first():
             adapter = str(adapter_folder(adapter))
             trained_with = adapter_identity(adapter, read_adapter_config(adapter))[1]
-            quantisation = quantisation or adapter_quantisation(adapter)
-        if trained_with is not None and trained_with.kind == "block":
+            remembered = None if as_stored else adapter_quantisation(adapter)
+        if quantisation is None and remembered is not None and storage == "blocks" and not remembered.tiles:
+            raise UserError(
+                f"storage: found blocks, but {adapter} was trained on a base in {remembered}, whose numbers tiles would not have: leave it out, "
+                "or say how to hold the base (load_in_4bit, as_stored)"
+            )
+        quantisation = quantisation or remembered
+        if trained_with is not None and trained_with.block > 1:  # of a mixed pattern too
             block = trained_with.block
         labels = read_labels(adapter)
         if labels is not None:
@@ -97,19 +110,31 @@ def open_model(
         trust_remote_code=trust_remote_code,
         quantisation=None if as_stored else quantisation,
         dequantise=dequantise,
+        storage=storage,
         head=head,
     )
     base, found, model = opened.base, opened.found, opened.base.model
+    scoring = scoring and not base.heads and put_chunked_head(base.model)
     if adapter is not None:
         model = load_adapter(base.model, adapter, base_fingerprint=base.fingerprint, pattern=found.pattern)
         model.eval()
     masked = adapter is not None and is_masked(model)
     held = None if as_stored else quantisation
-    if strategy != "fsdp2":
-        return OpenModel(model, base, found, opened.linears, masked, None, held)
-    sharded = FullySharded(model, base.model, shard_units(base.model), world, reader=opened.reader, adamw=None)
-    sharded.check_in_force()
+    sharded = None
+    if strategy == "fsdp2":
+        sharded = FullySharded(model, base.model, shard_units(base.model), world, reader=opened.reader, adamw=None)
+        sharded.check_in_force()
+    if scoring:
+        choose_cross_entropy(model, world, "auto", vocab_size=base.model.config.get_text_config().vocab_size, key="")
     return OpenModel(model, base, found, opened.linears, masked, sharded, held)
+
+
+def require_language_model(opened: OpenModel, name: str) -> None:
+    """Raises UserError for a classifier, which has no next token to predict."""
+    if opened.base.heads:
+        raise UserError(
+            f"MODEL: {name} is a classifier, expected a causal language model; lora-dist classify labels texts with it"
+        )
 
 
 def asked_quantisation(args: QuantisedArgs) -> Quantisation | None:

@@ -13,13 +13,14 @@ from typing import IO
 
 from lora_dist.config import RunConfig
 from lora_dist.engine.attempts import Attempt, attempt_log, note_refusal
-from lora_dist.engine.folder import LOG, METRICS, FolderPlan, check_folder, claim_folder, wait_for_folder
+from lora_dist.engine.folder import FolderPlan, check_folder, claim_folder, wait_for_folder
 from lora_dist.engine.held import HeldFolder
 from lora_dist.log import UserError
 from lora_dist.monitor.console import Console
 from lora_dist.monitor.metrics import MetricsFile
 from lora_dist.parallel import World
 from lora_dist.parallel.slurm import job_ids
+from lora_dist.state import LOG, METRICS
 
 
 class Opening:

@@ -1,4 +1,7 @@
-"""Prune a model: model, calibration text and pruning put together, and what was written proven. `lora-dist prune MODEL OUT`."""
+"""Prune a model: model, calibration text and pruning put together, and what was written proven. `lora-dist prune MODEL OUT`.
+
+With several processes each runs its part of the calibration windows and solves its part of the block rows; rank 0 prints and writes.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,14 @@ from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.data.sampler import stable_permutation
 from lora_dist.data.sources import TextSource
 from lora_dist.data.text import load_windows
+from lora_dist.engine.pattern import pattern_of
+from lora_dist.engine.prune_tables import error_table, pattern_table
 from lora_dist.log import UserError
 from lora_dist.models.architecture import decoder_layers, prunable_linears
 from lora_dist.models.export import check_output, model_bytes, prove_zeros, save_model
 from lora_dist.models.loading import LoadedBase, load_base
-from lora_dist.pruning import PruneSettings, capture, prune_layers
+from lora_dist.parallel import World
+from lora_dist.pruning import Pruned, PruneSettings, Reconstruction, capture, prune_layers
 
 REPORT_FILE = "pruning.json"
 MAX_SEQLEN = 2048
@@ -63,6 +69,10 @@ class PruneResult:
     """sha256 of the calibration windows' token ids"""
     base_fingerprint: str
     """of the model that was pruned"""
+    reconstructions: dict[str, Reconstruction]
+    """by linear; empty where nothing was reconstructed"""
+    damages: dict[str, float]
+    """by linear, as measured for select global"""
     time_s: float
 
     @property
@@ -76,10 +86,13 @@ class PruneResult:
         return self.pruned_tiles / self.tiles
 
 
-def prune_model(args: PruneArgs, *, windows_NL: Tensor | None = None, progress: bool = True) -> PruneResult:
-    """Prune, save, prove; prints a table of the layers.
+def prune_model(
+    args: PruneArgs, world: World | None = None, *, windows_NL: Tensor | None = None, progress: bool = True
+) -> PruneResult:
+    """Collective. Prune, save, prove; rank 0 prints a table of the layers.
 
     Args:
+        world: the processes that prune together; `args.device` is what it was made with. None: this one, on that device.
         windows_NL: int64 (N, L) calibration windows to use instead of `args.calibration` (for callers with their own text).
         progress: show bars.
 
@@ -90,59 +103,91 @@ def prune_model(args: PruneArgs, *, windows_NL: Tensor | None = None, progress: 
     problems = list(args.problems())
     if problems:
         raise UserError(problems)
-    check_output(args.out)
-    device = _device(args.device)
+    world = world or World(device=_device(args.device))
+    progress = progress and world.is_main
+    world.on_main(lambda: check_output(args.out))
     started = time.perf_counter()
+    settings = PruneSettings(
+        args.sparsity,
+        args.block,
+        args.score,
+        args.select,
+        args.seed,
+        reconstruct=args.reconstruct or bool(args.from_pruned),
+        damping=args.damping,
+        target=args.target,
+    )
     try:
-        base = load_base(
-            args.model,
-            config_name=args.config_name,
-            dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-            trust_remote_code=args.trust_remote_code,
-            progress=progress,
-        )
-        check_output(args.out, need_bytes=model_bytes(base.model))
+        with world.main_first():
+            base = load_base(
+                args.model,
+                config_name=args.config_name,
+                dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+                trust_remote_code=args.trust_remote_code,
+                progress=progress,
+            )
+        world.on_main(lambda: check_output(args.out, need_bytes=model_bytes(base.model)))
         prefix, layers = decoder_layers(base.model)
-        if args.score != "wanda":
+        given = pattern_of(args.from_pruned, base.model, block=args.block) if args.from_pruned else None
+        if not settings.sees_text:
             windows_NL = None
         elif windows_NL is None:
-            windows_NL = _calibration_windows(args, base)
+            with world.main_first():
+                windows_NL = _calibration_windows(args, base, world)
     except UserError as error:
         raise error.renamed(_DATA_KEYS) from error
     calibration = None
     if windows_NL is not None:
-        print(f"Calibration: {len(windows_NL)} windows of {windows_NL.shape[1]} tokens from {args.calibration}")
-        calibration = capture(base.model, layers, windows_NL, device=device)
-    settings = PruneSettings(args.sparsity, args.block, args.score, args.select, args.seed)
+        if world.is_main:
+            print(f"Calibration: {len(windows_NL)} windows of {windows_NL.shape[1]} tokens from {args.calibration}")
+        calibration = capture(base.model, layers, windows_NL, device=world.device, peers=world)
     with tqdm(total=len(layers), desc="Pruning layers", disable=not progress, dynamic_ncols=True) as bar:
-        pattern = prune_layers(layers, prefix, settings, calibration, on_layer=lambda _index, _masks: _tick(bar))
-    stats = pattern.stats()
-    result = PruneResult(
+        done = prune_layers(layers, prefix, settings, calibration, given=given, on_layer=lambda _index, _done: _tick(bar))
+    result = _result(args, done, windows_NL, base, time.perf_counter() - started)
+    if world.is_main:
+        _print_tables(args, base, done, result, prefix)
+    zeros = world.on_main(lambda: _write(base, result, args))
+    if world.is_main:
+        unit = "tiles" if result.pattern.kind == "block" else "tiles and elements"
+        print(
+            f"✅ All {zeros:,} pruned {unit} are exactly 0.0 in {result.out} (sparsity {result.sparsity:.2%}, pattern "
+            f"{result.pattern.digest[:12]}, {result.time_s:.1f} s)"
+        )
+    return result
+
+
+def _result(args: PruneArgs, done: Pruned, windows_NL: Tensor | None, base: LoadedBase, time_s: float) -> PruneResult:
+    stats = done.pattern.stats()
+    return PruneResult(
         out=Path(args.out).expanduser(),
-        pattern=pattern,
+        pattern=done.pattern,
         tiles=sum(row.tiles for row in stats),
         pruned_tiles=sum(row.pruned_tiles for row in stats),
         windows=0 if windows_NL is None else len(windows_NL),
         seqlen=0 if windows_NL is None else windows_NL.shape[1],
         calibration_digest=None if windows_NL is None else hashlib.sha256(windows_NL.numpy().astype("<i8").tobytes()).hexdigest(),
         base_fingerprint=base.fingerprint,
-        time_s=time.perf_counter() - started,
+        reconstructions=done.reconstructions,
+        damages=done.damages,
+        time_s=time_s,
     )
-    print(pattern_table(pattern, [linear.name for linear in prunable_linears(base.model)], prefix))
-    if abs(result.tile_sparsity - args.sparsity) > NOTABLE_GAP:
+
+
+def _print_tables(args: PruneArgs, base: LoadedBase, done: Pruned, result: PruneResult, prefix: str) -> None:
+    print(pattern_table(result.pattern, [linear.name for linear in prunable_linears(base.model)], prefix))
+    if not args.from_pruned and abs(result.tile_sparsity - args.sparsity) > NOTABLE_GAP:
         print(
             f"Note: {result.tile_sparsity:.1%} of the tiles are pruned, {args.sparsity:.1%} was asked for: counts are rounded "
             "down to whole tiles, and these matrices have few"
         )
-    _write(base, result, args)
-    print(
-        f"✅ All {result.pruned_tiles:,} pruned tiles are exactly 0.0 in {result.out} (sparsity {result.sparsity:.2%}, pattern "
-        f"{pattern.digest[:12]}, {result.time_s:.1f} s)"
-    )
-    return result
+    if done.reconstructions:
+        print(
+            "Reconstruction: relative error of each linear's outputs on the calibration inputs, kept weights as they were > solved"
+        )
+        print(error_table(done.reconstructions, prefix))
 
 
-def _calibration_windows(args: PruneArgs, base: LoadedBase) -> Tensor:
+def _calibration_windows(args: PruneArgs, base: LoadedBase, world: World) -> Tensor:
     """`nsamples` windows of the calibration text, chosen by seed: int64 (N, L).
 
     Raises:
@@ -166,7 +211,7 @@ def _calibration_windows(args: PruneArgs, base: LoadedBase) -> Tensor:
         splits=("train",),
         cache_dir=args.cache_dir,
     ).splits["train"]
-    if len(windows) < args.nsamples:
+    if len(windows) < args.nsamples and world.is_main:
         print(
             f"Note: the calibration text has {len(windows)} windows of {seqlen} tokens, {args.nsamples} were asked for: using all"
         )
@@ -186,8 +231,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _write(base: LoadedBase, result: PruneResult, args: PruneArgs) -> None:
-    """Save, read again, prove."""
+def _write(base: LoadedBase, result: PruneResult, args: PruneArgs) -> int:
+    """Save, read again, prove; how many pruned tiles (elements, for element masks) were found zero."""
     base.model.config.use_cache = base.use_cache
     settings = {key: value for key, value in dataclasses.asdict(args).items() if key != "cache_dir"}
     report: dict[str, Any] = {
@@ -203,6 +248,8 @@ def _write(base: LoadedBase, result: PruneResult, args: PruneArgs) -> None:
         "config_from": base.config_from,
         "tokenizer_from": base.tokenizer_from,
         "calibration": {"windows": result.windows, "seqlen": result.seqlen, "digest": result.calibration_digest},
+        "reconstruction": None if not result.reconstructions else _reconstruction_report(args, result),
+        "damages": result.damages or None,
         "time_s": round(result.time_s, 1),
         "versions": {name: version(name) for name in ("lora_dist", "torch", "transformers")},
     }
@@ -214,46 +261,14 @@ def _write(base: LoadedBase, result: PruneResult, args: PruneArgs) -> None:
     except UserError:
         shutil.rmtree(result.out)  # this call made it
         raise
-    assert zeros == result.pruned_tiles, f"{zeros} tiles proven zero of {result.pruned_tiles}"
+    if all(isinstance(mask, BlockMask) for mask in result.pattern.values()):
+        assert zeros == result.pruned_tiles, f"{zeros} tiles proven zero of {result.pruned_tiles}"
+    return zeros
 
 
-def pattern_table(pattern: Pattern, names: list[str], prefix: str) -> str:
-    """One line a decoder layer: tiles pruned, sparsity, and the sparsity of each of its linears; then the total.
-
-    Args:
-        pattern: block masks by module name.
-        names: those modules, in the order of the model.
-        prefix: name of the list of decoder layers; names below it are `<prefix>.<index>.<linear>`.
-    """
-    by_layer: dict[int, dict[str, BlockMask]] = {}
-    for name in names:
-        number, linear = name.removeprefix(f"{prefix}.").split(".", 1)
-        mask = pattern[name]
-        assert isinstance(mask, BlockMask)
-        by_layer.setdefault(int(number), {})[linear] = mask
-    linears = list(dict.fromkeys(linear for masks in by_layer.values() for linear in masks))
-    shapes = [{masks[name].shape for masks in by_layer.values() if name in masks} for name in linears]
-    sizes = ["{}x{}".format(*next(iter(found))) if len(found) == 1 else "uneven" for found in shapes]
-    rows = [["layer", "tiles pruned", "sparsity", *_short(linears)], ["", "", "", *sizes]]
-    for index, masks in sorted(by_layer.items()):
-        rows.append([str(index), *_figures(list(masks.values())), *(_share([masks[n]]) if n in masks else "-" for n in linears)])
-    columns = [[masks[name] for masks in by_layer.values() if name in masks] for name in linears]
-    rows.append(["total", *_figures([mask for column in columns for mask in column]), *(_share(column) for column in columns)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def _short(linears: list[str]) -> list[str]:
-    """`self_attn.q_proj` -> `q_proj`, where that names one linear only (GPT-2 has two `c_proj`)."""
-    last = [name.rsplit(".", 1)[-1] for name in linears]
-    return [short if last.count(short) == 1 else name for short, name in zip(last, linears, strict=True)]
-
-
-def _figures(masks: list[BlockMask]) -> list[str]:
-    pruned, tiles = sum(int((~mask.kept_PQ).sum()) for mask in masks), sum(mask.kept_PQ.numel() for mask in masks)
-    return [f"{pruned:,}/{tiles:,}", _share(masks)]
-
-
-def _share(masks: list[BlockMask]) -> str:
-    """Share of pruned weights."""
-    return f"{1 - sum(mask.kept_elements() for mask in masks) / sum(mask.shape[0] * mask.shape[1] for mask in masks):.1%}"
+def _reconstruction_report(args: PruneArgs, result: PruneResult) -> dict[str, Any]:
+    return {
+        "damping": args.damping,
+        "target": args.target,
+        "linears": {name: dataclasses.asdict(done) for name, done in result.reconstructions.items()},
+    }

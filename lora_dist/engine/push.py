@@ -20,7 +20,7 @@ _KEY = "hub_model_id"
 _PUBLISHED = (
     "*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "*.onnx", "*.onnx.data", "*.md", "LICENSE*", "NOTICE*",
 )  # fmt: skip
-_OWN_RECORDS = {"run.json", "status.json", "merge.json", "pruning.json", "export.json", "convert.json"}
+_OWN_RECORDS = {"run.json", "status.json", "merge.json", "pruning.json", "export.json", "convert.json", "training_log.txt"}
 """they name paths of this machine; what they say is in the card"""
 
 

@@ -5,7 +5,6 @@ Order: cheap checks first (folder, checkpoint, format of the data), then base, g
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from lora_dist.adapter import (
     count_parameters,
     load_adapter_tensors,
     make_allocation,
-    read_quantisation,
-    split_allocation,
+    read_adapter_tensors,
 )
 from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
@@ -28,24 +26,41 @@ from lora_dist.data.loader import StepLoader
 from lora_dist.data.rows import Rows
 from lora_dist.engine.adapting import check_adapter, refuse_strategy, with_adapter
 from lora_dist.engine.attempts import Attempt
-from lora_dist.engine.base import BaseAndPattern, base_pieces, load_for, make_guard, quantised_weights, require_finite
+from lora_dist.engine.base import (
+    BaseAndPattern,
+    base_pieces,
+    compute_dtype,
+    load_for,
+    make_guard,
+    quantised_weights,
+    require_finite,
+    tile_places,
+)
 from lora_dist.engine.batch import BatchPlan, plan_batch
 from lora_dist.engine.checkpoint import Checkpoint, Identity, load_checkpoint
+from lora_dist.engine.cross_entropy import choose_cross_entropy
 from lora_dist.engine.data import RunData, data_kind, head_for, run_data
+from lora_dist.engine.distill import with_teacher
 from lora_dist.engine.held import HeldFolder
 from lora_dist.engine.opening import Opening, versions
 from lora_dist.engine.packing import require_separate
 from lora_dist.engine.pattern import FoundPattern, adapter_pattern
+from lora_dist.engine.picture import keep_picture
+from lora_dist.engine.resuming import check_identity, check_quantisation, resume_state
 from lora_dist.engine.schedule import warmup_steps
 from lora_dist.engine.step import Stepper
 from lora_dist.engine.task import Task
+from lora_dist.engine.teacher import check_teacher
+from lora_dist.engine.tracking import make_trackers, wanted_trackers
 from lora_dist.engine.wrap import StrategyPlan, plan_strategy, wrap
-from lora_dist.log import GuardError, UserError
+from lora_dist.log import UserError
+from lora_dist.models.architecture import decoder_layers, matrix_elements
+from lora_dist.models.chunked import put_chunked_head
 from lora_dist.models.loading import BaseSource, LoadedBase
-from lora_dist.models.quantised import Quantisation, quantisation_of
+from lora_dist.models.quantised import quantisation_of
 from lora_dist.monitor.console import Console
 from lora_dist.monitor.metrics import MetricsFile
-from lora_dist.monitor.trackers import WandbSink
+from lora_dist.monitor.trackers import Trackers
 from lora_dist.parallel import LossScale, Strategy, World
 from lora_dist.state import TrainState
 
@@ -76,7 +91,12 @@ class Parts:
     total_steps: int
     warmup: int
     metrics: MetricsFile
-    tracker: WandbSink | None
+    tracker: Trackers | None
+    """on rank 0"""
+    matrix_elements: int
+    """of all weight matrices that tokens are multiplied with"""
+    compute_dtype: str
+    device_name: str
     versions: dict[str, str]
     run_id: str
     attempt_number: int
@@ -105,28 +125,51 @@ def build(config: RunConfig, world: World, console: Console, *, argv: Sequence[s
 
 
 def _build(config: RunConfig, world: World, console: Console, opening: Opening, argv: Sequence[str]) -> Parts:
+    wanted_trackers(list(config.tracker.report_to))
     plan = opening.plan
     output_dir = plan.folder
     checkpoint = load_checkpoint(plan.checkpoint) if plan.checkpoint is not None else None
     batch = _batch(config, world, checkpoint)
     strategy_plan = plan_strategy(config, world, batch)
-    refuse_strategy(config.adapter.type, strategy_plan.name)
+    refuse_strategy(config.adapter_kind, strategy_plan.name)
     kind = data_kind(config, world)
     opened = _base(config, world, console, strategy_plan)
     base, pattern = opened.base, _adapter_pattern(config, console, opened.found)
     identity = Identity(base.fingerprint, pattern.digest if pattern is not None else None)
     if checkpoint is not None:
-        _check_identity(checkpoint, identity)
-        _check_quantisation(checkpoint, base)
+        check_identity(checkpoint, identity)
+        check_quantisation(checkpoint, base)
+    elements = matrix_elements(opened.base.model)
+    if kind != "classification" and config.train.cross_entropy != "logits":
+        put_chunked_head(base.model)
     model = with_adapter(config, opened, pattern)
-    console.adapter_applied(*count_parameters(model))
+    if config.train.gradient_checkpointing_layers != "all":
+        layers = len(decoder_layers(base.model)[1])
+        console.note(
+            f"gradient checkpointing: the first {config.train.gradient_checkpointing_layers} of {layers} layers are computed again"
+        )
+    if config.without_effect():
+        console.note(f"{', '.join(config.without_effect())}: without effect with train.mode {config.train.mode}")
+    console.adapter_applied(
+        *count_parameters(model), *(["Sparse full fine-tuning"] if config.train.mode == "sparse_full" else [])
+    )
     if pattern is not None:
-        console.pattern(pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest)
+        console.pattern(
+            "mixed" if pattern.is_mixed else pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest
+        )
     data = run_data(config, world, console, base, kind)
+    dtype = compute_dtype(config.model.dtype, config.train.bf16, config.train.fp16)
+    data = with_teacher(
+        config, world, console, base, data, sharded=strategy_plan.sharded_base, dtype=dtype, rows=batch.micro_batch
+    )
     if checkpoint is not None:
         check_adapter(checkpoint, config)
-        load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
+        hollow = any(p.requires_grad and not p.is_contiguous() for p in model.parameters())
+        if not hollow:
+            load_adapter_tensors(model, checkpoint.adapter)  # before wrapping (design section 7)
     strategy = _strategy(config, world, console, strategy_plan, model, opened, checkpoint, data.task)
+    if checkpoint is not None and hollow:
+        strategy.load_trainable(read_adapter_tensors(model, checkpoint.adapter, strategy.shapes))
     pieces = base_pieces(base.model, strategy.piece)
     require_finite(world, pieces)
     guard = make_guard(
@@ -136,36 +179,55 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         opened.linears,
         sample_chunks=config.guard.sample_chunks,
         codes=quantised_weights(base.model, pieces),
+        tiles=tile_places(base.model),
     )
-    if config.data.packing:  # behind the guard: a forward pass leaves some of what FSDP cut in one piece
+    vocab_size = base.model.config.get_text_config().vocab_size
+    if kind != "classification":  # behind the guard: a forward pass leaves some of what FSDP cut in one piece
+        reason = choose_cross_entropy(
+            strategy.module, world, config.train.cross_entropy, vocab_size=vocab_size, key="train.cross_entropy"
+        )
+        if reason is not None:
+            console.note(f"train.cross_entropy auto: from whole logits ({reason})")
+    if config.data.packing:
         require_separate(
             strategy.module,
             world,
-            vocab_size=base.model.config.get_text_config().vocab_size,
+            vocab_size=vocab_size,
             max_length=config.data.block_size,
             rows=batch.micro_batch,
             kernel=base.model.config._attn_implementation,
         )
+    strategy.settle()
     loader = _loader(config, world, console, batch, data)
     train = config.train
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
     allocation = make_allocation(model, total_steps)
     state = TrainState(seed=train.seed, num_samples=len(data.train), data_digest=data.train.digest)
-    state.group_by_length = train.group_by_length
+    state.group_by_length, state.teacher = train.group_by_length, data.teacher
     if checkpoint is not None:
-        state = _resume(checkpoint, state, strategy, data, batch, allocation)
+        state = resume_state(checkpoint, state, strategy, data, batch, allocation)
         if plan.best_lost or not plan.own:
             state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
     train_batch = (batch.global_batch, train.per_device_train_batch_size, train.gradient_accumulation_steps, world.size)
     state.global_batch, state.micro_batch, state.accumulation, state.processes = train_batch
     # Nothing was written before this line.
     opening.claim(argv, first_step=state.step, total_steps=total_steps, resumed=checkpoint is not None)
+    if opening.folder is not None and opened.found.pattern is not None:
+        keep_picture(opening.folder, opened.found.pattern)
     if checkpoint is not None:
         console.resumed(checkpoint.path, state.step, world.size)
         if state.step > total_steps:
             console.note(f"it is past the {total_steps} steps that are asked for: nothing is trained")
     for note in batch.notes:
         console.note(note)
+    facts = {
+        "pattern_digest": identity.pattern_digest,
+        "base_fingerprint": identity.base_fingerprint,
+        "strategy": strategy.name,
+        "processes": world.size,
+        "versions": versions(),
+    }
+    tracker = make_trackers(config, world, console, opening.metrics, output_dir, state, facts)
     return Parts(
         config=config,
         world=world,
@@ -187,7 +249,10 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         total_steps=total_steps,
         warmup=warmup_steps(total_steps, train.warmup_steps, train.warmup_ratio),
         metrics=opening.metrics,
-        tracker=_tracker(config, world, output_dir, state),
+        tracker=tracker,
+        matrix_elements=elements,
+        compute_dtype=str(compute_dtype(config.model.dtype, config.train.bf16, config.train.fp16)).removeprefix("torch."),
+        device_name=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         versions=versions(),
         run_id=opening.run_id,
         attempt_number=opening.attempt_number,
@@ -254,18 +319,12 @@ def _loader(config: RunConfig, world: World, console: Console, batch: BatchPlan,
     return loader
 
 
-def compute_dtype(dtype: str, bf16: bool, fp16: bool) -> torch.dtype:
-    """Precision of the frozen base (`model.dtype`, `train.bf16`, `train.fp16`)."""
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    return torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
-
-
 def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan) -> BaseAndPattern:
     """The base, whole or in placeholders, and its pattern."""
     args = config.model
 
     def check(source: BaseSource) -> None:
+        check_teacher(config, source)
         if source.context is not None and config.data.block_size > source.context:
             raise UserError(
                 f"data.block_size: found {config.data.block_size}, expected at most the model's context of {source.context}"
@@ -283,6 +342,7 @@ def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan)
         quantisation=quantisation_of(
             args.load_in_4bit, args.load_in_8bit, args.bnb_4bit_quant_type, args.bnb_4bit_use_double_quant
         ),
+        storage=args.storage,
         head=head_for(config),
         check=check,
     )
@@ -301,95 +361,10 @@ def _base(config: RunConfig, world: World, console: Console, plan: StrategyPlan)
 def _adapter_pattern(config: RunConfig, console: Console, found: FoundPattern) -> Pattern | None:
     """The pattern that the update is to respect."""
     pattern = adapter_pattern(found, config.adapter.mask, block=config.adapter.block, model_name=config.model.name_or_path)
-    if pattern is None and found.pattern is not None:
+    if pattern is None and found.pattern is not None and config.adapter.type == "ia3":
+        console.note("adapter.mask none: IA3 scales outputs and inputs, and keeps the base's zeros all the same")
+    elif pattern is None and found.pattern is not None:
         console.warning("adapter.mask none: the update is dense; merging it would destroy the base's sparsity pattern")
     elif pattern is None:
         console.note("the base has no sparsity pattern: plain LoRA")
     return pattern
-
-
-def _check_quantisation(checkpoint: Checkpoint, base: LoadedBase) -> None:
-    """The base is held as it was: its values are part of what was trained on."""
-    now = getattr(base.model.config, "quantization_config", None)
-    described = [
-        "none" if config is None else str(Quantisation.from_dict(config))
-        for config in (read_quantisation(checkpoint.adapter), now)
-    ]
-    if described[0] != described[1]:
-        raise GuardError(
-            f"model.load_in_4bit, model.load_in_8bit: the base's quantisation was {described[0]} when {checkpoint.path.name} was written, "
-            f"found {described[1]}: set them as they were"
-        )
-
-
-def _check_identity(checkpoint: Checkpoint, now: Identity) -> None:
-    """The base and the pattern are those that the checkpoint was trained on."""
-    then = checkpoint.identity
-    if then.base_fingerprint != now.base_fingerprint:
-        raise GuardError(
-            f"model.name_or_path: the base changed since {checkpoint.path.name} was written (fingerprint {then.base_fingerprint[:12]}, "
-            f"found {now.base_fingerprint[:12]}); give the base it was trained on"
-        )
-    if then.pattern_digest != now.pattern_digest:
-        described = [(d[:12] if d else "none (plain LoRA)") for d in (then.pattern_digest, now.pattern_digest)]
-        raise GuardError(
-            f"adapter.mask, adapter.block: the pattern changed since {checkpoint.path.name} was written (digest {described[0]}, "
-            f"found {described[1]}); set them as they were"
-        )
-
-
-def _resume(
-    checkpoint: Checkpoint,
-    fresh: TrainState,
-    strategy: Strategy,
-    data: RunData,
-    batch: BatchPlan,
-    allocation: Allocation | None,
-) -> TrainState:
-    """The checkpoint's state, with the optimizer put back."""
-    state = checkpoint.state
-    written = f"when {checkpoint.path.name} was written"
-    source = "text" if data.noun == "windows" else "records"
-    if state.seed != fresh.seed:
-        raise UserError(f"train.seed: found {fresh.seed}, expected {state.seed} as {written}: the order of the data would change")
-    if state.num_samples != fresh.num_samples:
-        raise UserError(
-            f"{data.content_keys}, data.max_train_samples: found {fresh.num_samples} training {data.noun}, expected {state.num_samples} as "
-            f"{written}: the order of the data would change; set back what was changed of these, of the {source} or of the tokenizer"
-        )
-    if state.data_digest != fresh.data_digest:
-        raise UserError(
-            f"{data.content_keys}: found as many training {data.noun} as {written} ({state.num_samples}), but not the same content, expected "
-            f"the same {source}, tokenizer and packing; set back what was changed of these, of the {source} or of the tokenizer"
-        )
-    if state.group_by_length != fresh.group_by_length:
-        raise UserError(
-            f"train.group_by_length: found {str(fresh.group_by_length).lower()}, expected {str(state.group_by_length).lower()} as "
-            f"{written}: the order of the data would change"
-        )
-    if state.group_by_length and state.global_batch != batch.global_batch:
-        raise UserError(
-            f"train.global_batch_size: found {batch.global_batch} {data.noun} a step with train.group_by_length, expected "
-            f"{state.global_batch} as {written}: the order of the data would change"
-        )
-    optimizer, ranks = split_allocation(checkpoint.optimizer)
-    strategy.load_optimizer_tensors(optimizer)
-    if allocation is not None:
-        allocation.load(ranks)
-    return state
-
-
-def _tracker(config: RunConfig, world: World, output_dir: Path, state: TrainState) -> WandbSink | None:
-    args = config.tracker
-    if "wandb" not in args.report_to or not world.is_main:
-        return None
-    tracker = WandbSink(
-        project=args.wandb_project,
-        name=args.run_name or output_dir.name,
-        folder=output_dir,
-        run_id=state.tracker_run_id,
-        mode=args.wandb_mode,
-        config=dataclasses.asdict(config),
-    )
-    state.tracker_run_id = tracker.run_id
-    return tracker

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lora_dist.data.loader import MicroBatch
+from lora_dist.engine.clock import StepClock
 from lora_dist.engine.task import CausalTask, Task
 from lora_dist.log import UserError
 from lora_dist.parallel import Strategy, World
@@ -113,6 +114,8 @@ class StepResult:
     problem: Problem | None = None
     correct: int | None = None
     """rows that were classified rightly in the forward pass of training, over all processes; None: not a classifier"""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """what the loss is made of, means over the step's label tokens"""
 
 
 class Stepper:
@@ -120,6 +123,7 @@ class Stepper:
 
     def __init__(self, strategy: Strategy, world: World, allocation: Allocation | None = None, task: Task | None = None):
         self.strategy, self.world, self._allocation, self._task = strategy, world, allocation, task or CausalTask()
+        self.clock = StepClock(world.device)
         self._correct: list[Tensor] = []
         self._losses: list[Tensor] = []  # of this rank's micro-batches, sums over label tokens, on the device
 
@@ -149,9 +153,28 @@ class Stepper:
             raise NonFiniteError(f"step {step}: found no {what} in the whole step, expected some")
         loss_sum = self._backward(micro_batches, total_tokens, step, mark)
         mark("agreeing on the loss", step, -1)
+        with self.clock.device("optimizer"):
+            result = self._update(micro_batches, loss_sum, total_tokens, rate, step, loss_limit, mark)
+        return replace(result, step_time_s=time.perf_counter() - start)
+
+    def _update(
+        self,
+        micro_batches: Sequence[MicroBatch],
+        loss_sum: Tensor,
+        total_tokens: float,
+        rate: float,
+        step: int,
+        loss_limit: float,
+        mark: Mark,
+    ) -> StepResult:
+        """Collective: agree on the loss, sum and clip the gradients, move."""
         # A wait for the device: the optimizer may move only behind a finite loss.
-        loss, *correct = self.world.sum([float(loss_sum), *([float(sum(self._correct))] if self._correct else [])])
+        parts = self._task.take_parts()
+        own = [float(loss_sum), *map(float, parts.values()), *([float(sum(self._correct))] if self._correct else [])]
+        loss, *rest = self.world.sum(own)
         loss /= total_tokens
+        means = {name: value / total_tokens for name, value in zip(parts, rest, strict=False)}
+        correct = rest[len(parts) :]
         finite = math.isfinite(loss)
         problem, norm, applied = None, math.nan, False
         if finite and loss <= loss_limit:
@@ -165,9 +188,7 @@ class Stepper:
         else:
             problem = self._problem(step, "spike" if finite else "loss", loss, micro_batches)
             self.strategy.discard()
-        return StepResult(
-            loss, norm, int(total_tokens), applied, time.perf_counter() - start, problem, int(correct[0]) if correct else None
-        )
+        return StepResult(loss, norm, int(total_tokens), applied, 0.0, problem, int(correct[0]) if correct else None, means)
 
     def _backward(self, micro_batches: Sequence[MicroBatch], total_tokens: float, step: int, mark: Mark) -> Tensor:
         """Gradients of the step's mean loss; returns this rank's loss sum, on the device."""
@@ -178,7 +199,8 @@ class Stepper:
         for i, batch in enumerate(micro_batches):
             mark("forward and backward", step, i)
             torch.manual_seed(batch.dropout_seed)  # dropout is counted, not carried: same position, same masks
-            loss, correct = self._task.loss_sum(self.strategy.module, batch, device)
+            with self.clock.device("forward"):
+                loss, correct = self._task.loss_sum(self.strategy.module, batch, device)
             self._losses.append(loss.detach())
             if correct is not None:
                 self._correct.append(correct)
@@ -186,7 +208,8 @@ class Stepper:
             share = loss / total_tokens
             if self._allocation is not None and i == 0 and self.world.is_main:  # once a step: gradients are summed
                 share = share + self._allocation.penalty()
-            self.strategy.backward(share, last=i == len(micro_batches) - 1)
+            with self.clock.device("backward"):
+                self.strategy.backward(share, last=i == len(micro_batches) - 1)
         return loss_sum
 
     def _not_applied(self, step: int, norm: float, micro_batches: Sequence[MicroBatch]) -> Problem | None:

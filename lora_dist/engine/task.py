@@ -34,6 +34,9 @@ class Task(Protocol):
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """The micro-batch's loss, summed, and how many of its rows are classified rightly (None: no such thing), on the device."""
 
+    def take_parts(self) -> dict[str, Tensor]:
+        """What the losses since the last call are made of, by name, each summed as they are, on the device; empty: of one thing."""
+
     def smallest_loss(self, module: nn.Module, device: torch.device) -> Tensor:
         """A forward pass that costs next to nothing."""
 
@@ -50,8 +53,11 @@ class CausalTask:
     classifies = False
 
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        positions = batch.position_ids_BL.to(device) if batch.position_ids_BL is not None else None
-        return causal_loss_sum(module, batch.input_ids_BL.to(device), batch.labels_BL.to(device), positions), None
+        positions = batch.position_ids_BL.to(device, non_blocking=True) if batch.position_ids_BL is not None else None
+        return causal_loss_sum(module, batch.input_ids_BL.to(device, non_blocking=True), batch.labels_BL, positions), None
+
+    def take_parts(self) -> dict[str, Tensor]:
+        return {}
 
     def smallest_loss(self, module: nn.Module, device: torch.device) -> Tensor:
         ids_BL = torch.zeros((1, 2), dtype=torch.long, device=device)
@@ -81,6 +87,9 @@ class ClassTask:
         if targets_B.is_floating_point():
             return loss, None
         return loss, ((logits_BC.detach().argmax(-1) == targets_B) & (weights_B > 0)).sum()
+
+    def take_parts(self) -> dict[str, Tensor]:
+        return {}
 
     def smallest_loss(self, module: nn.Module, device: torch.device) -> Tensor:
         ids_BL = torch.zeros((1, 2), dtype=torch.long, device=device)

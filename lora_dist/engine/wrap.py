@@ -16,6 +16,7 @@ from lora_dist.config import ModelArgs, RunConfig, TrainArgs
 from lora_dist.engine.base import BaseAndPattern
 from lora_dist.engine.batch import BatchPlan
 from lora_dist.engine.task import Task
+from lora_dist.engine.teacher import quantised_teacher_problems
 from lora_dist.log import UserError
 from lora_dist.models.architecture import shard_units
 from lora_dist.parallel import AdamWArgs, LossScale, Replicated, Strategy, World, launch_problems
@@ -57,6 +58,7 @@ def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> Strategy
         )
     problems += quantised_problems(config.model, plan.name)
     problems += optimizer_problems(train, plan.name, world.device)
+    problems += quantised_teacher_problems(train.distill_load_in_4bit)
     offload: dict[str, str] = {}
     if plan.stage is not None:
         if importlib.util.find_spec("deepspeed") is None:

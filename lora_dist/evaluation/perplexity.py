@@ -63,7 +63,7 @@ def evaluate_loss(
     try:
         for input_ids_BL, labels_BL in batches:
             label_tokens += int((labels_BL[:, 1:] != IGNORE).sum())
-            loss_sum += causal_loss_sum(model, input_ids_BL.to(world.device), labels_BL.to(world.device)).double()
+            loss_sum += causal_loss_sum(model, input_ids_BL.to(world.device), labels_BL).double()
             steps += 1
             if on_batch is not None:
                 on_batch()

@@ -64,3 +64,12 @@ def shard_units(model: Any) -> list[nn.Module]:
     if getattr(head, "weight", None) is not None and head.weight is not embedding.weight:
         units += [embedding, head]
     return units
+
+
+def matrix_elements(model: nn.Module) -> int:
+    """Elements of all linears' weights, the head's included, however they are stored (4-bit codes, placeholders)."""
+    total = 0
+    for linear in find_linears(model):
+        module: Any = linear.module
+        total += module.nx * module.nf if linear.transposed else module.in_features * module.out_features
+    return total

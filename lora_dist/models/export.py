@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from lora_dist.blocks import BlockMask, Pattern
 from lora_dist.log import GuardError, UserError
+from lora_dist.models.architecture import prunable_linears
+from lora_dist.models.block_files import rewrite
 from lora_dist.models.loading import quiet_transformers
 from lora_dist.models.sources import open_shard, weight_files
 from lora_dist.models.uneven import remote_code
@@ -78,14 +80,16 @@ def save_model(
     pattern: Pattern | None,
     extra_files: Mapping[str, str] | None = None,
     prove: Callable[[Path], Mapping[str, str]] | None = None,
+    storage: str = "dense",
 ) -> Path:
-    """Write model, tokenizer, pattern and notes as one directory that transformers' `from_pretrained` reads.
+    """Write model, tokenizer, pattern and notes as one directory that transformers' `from_pretrained` reads, if it is dense.
 
     Args:
         out_dir: must not exist, or be empty.
         pattern: written beside the weights as block_mask.safetensors.
         extra_files: text by file name.
         prove: looks at what was written before it gets its name, and returns more such files; where it raises, nothing is left.
+        storage: dense, or blocks, with a pattern of whole tiles: only the kept ones.
 
     Raises:
         UserError: out_dir holds something, or the disk is full or read-only; nothing is left of this call then.
@@ -94,6 +98,8 @@ def save_model(
         with quiet_transformers(), _savable_generation(model):
             model.save_pretrained(str(staging))
         write_rest(model.config, tokenizer, staging, pattern, extra_files or {})
+        transposed = {linear.name for linear in prunable_linears(model) if linear.transposed} if storage == "blocks" else set()
+        _store(staging, storage, pattern, model, transposed)
         if prove is not None:
             _write_texts(staging, prove(staging))
     return Path(out_dir).expanduser()
@@ -132,14 +138,29 @@ class StreamedModel:
         with self._closed_on_failure():
             save_file(dict(tensors), str(self._staging / file), metadata={"format": "pt"})
 
-    def finish(self, model: Any, tokenizer: Any, index: Mapping[str, Any] | None, pattern: Pattern | None) -> None:
-        """Write what is not weights (of the model: its configurations), and publish."""
+    def finish(
+        self,
+        model: Any,
+        tokenizer: Any,
+        index: Mapping[str, Any] | None,
+        pattern: Pattern | None,
+        *,
+        storage: str = "dense",
+        transposed: Collection[str] = (),
+    ) -> None:
+        """Write what is not weights (of the model: its configurations), and publish.
+
+        Args:
+            storage: as `save_model`.
+            transposed: with blocks: linears whose weight is stored as (I, O).
+        """
         with self._closed_on_failure():
             save_configurations(model, self._staging)
             if index is not None:
                 text = json.dumps(index, indent=2, sort_keys=True) + "\n"
                 (self._staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
             write_rest(model.config, tokenizer, self._staging, pattern, {})
+            _store(self._staging, storage, pattern, model, transposed)
         self._stack.close()
 
     @contextmanager
@@ -198,6 +219,15 @@ def write_rest(config: Any, tokenizer: Any, folder: Path, pattern: Pattern | Non
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(mode)  # safetensors makes its files readable for their owner only
+
+
+def _store(folder: Path, storage: str, pattern: Pattern | None, model: Any, transposed: Collection[str]) -> None:
+    """Put the weights that were written dense into their form."""
+    if storage == "dense":
+        return
+    if pattern is None:
+        raise ValueError("storage: found blocks without a pattern, expected one of whole tiles")
+    rewrite(folder, folder, pattern, blocks=True, transposed=transposed, prefix=f"{model.base_model_prefix}.")
 
 
 def _write_texts(folder: Path, texts: Mapping[str, str]) -> None:

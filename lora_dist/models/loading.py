@@ -29,6 +29,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lora_dist.log import UserError, logger
+from lora_dist.models.block_files import holds_blocks
 from lora_dist.models.building import build_empty, fill
 from lora_dist.models.heads import HeadSpec, configure_head, head_modules, label_counts, start_head
 from lora_dist.models.hub import resolve
@@ -178,6 +179,14 @@ def load_base(
 
 def load_whole(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedBase:
     """The model of an opened directory with all its weights. Arguments and errors as `load_base`."""
+    if holds_blocks(source.source_dir):  # which transformers does not read
+        from lora_dist.models.streaming import TensorReader, fill_from, load_empty
+
+        base = load_empty(source, facts, dtype=dtype, device=device)
+        reader = TensorReader(base.model, source.source_dir)
+        reader.fill_buffers(base.model)
+        fill_from(base.model, reader)
+        return base
     if source.widths is None:
         return frozen(_load_model(source, dtype or facts.dtype, device), source, facts)
     with quiet_transformers():

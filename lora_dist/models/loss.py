@@ -5,24 +5,42 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = -100
-"""label of a token that does not count"""
+from lora_dist.models.chunked import IGNORE, chunked_head
+from lora_dist.models.lesson import Lesson
+
+__all__ = ["IGNORE", "causal_loss_sum", "class_losses"]
 
 
-def causal_loss_sum(model: nn.Module, input_ids_BL: Tensor, labels_BL: Tensor, position_ids_BL: Tensor | None = None) -> Tensor:
+def causal_loss_sum(
+    model: nn.Module, input_ids_BL: Tensor, labels_BL: Tensor, position_ids_BL: Tensor | None = None, lesson: Lesson | None = None
+) -> Tensor:
     """Cross-entropy summed over label tokens, float32 scalar.
 
     Args:
         input_ids_BL: token ids.
-        labels_BL: the same ids, -100 where a token does not count; shifted here, so the first column never counts.
+        labels_BL: the same ids, -100 where a token does not count; shifted here, so the first column never counts. On the host they
+            spare a wait for the device.
         position_ids_BL: rows of several examples: positions that start anew with each, which keeps them apart; None: one sequence a row.
 
-    No attention mask: padding stands behind what counts, where causal attention does not reach.
+    A `ChunkedHead` that losses may be taken from (`chunked.py`) computes it without logits. No attention mask: padding stands behind what
+    counts, where causal attention does not reach.
     """
     positions = {} if position_ids_BL is None else {"position_ids": position_ids_BL}
+    head = chunked_head(model)
+    if head is not None and head.chunked and (lesson is None or lesson.chunked):
+        with head.scoring(labels_BL, lesson):
+            total = model(input_ids=input_ids_BL, use_cache=False, **positions).logits
+        assert isinstance(total, Tensor)
+        return total
     logits_BLV = model(input_ids=input_ids_BL, use_cache=False, **positions).logits
-    targets = labels_BL[:, 1:].reshape(-1)
-    return F.cross_entropy(logits_BLV[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
+    targets_T = labels_BL[:, 1:].reshape(-1).to(logits_BLV.device, non_blocking=True)
+    logits_TV = logits_BLV[:, :-1].flatten(0, 1).float()
+    cross_entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
+    if lesson is None:
+        return cross_entropy
+    counted_N = (targets_T != IGNORE).nonzero().squeeze(1)
+    lesson.select(counted_N, len(targets_T))
+    return lesson.note(cross_entropy, lesson.divergence(logits_TV[counted_N]))
 
 
 def class_losses(logits_BC: Tensor, targets_B: Tensor) -> Tensor:

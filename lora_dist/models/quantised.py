@@ -20,15 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from lora_dist.blocks import Mask, NamedLinear, Pattern, Piece
+from lora_dist.blocks import BlockLinear, BlockMask, Mask, NamedLinear, Pattern, Piece, Scratch, pack, tile_count
 from lora_dist.log import GuardError, UserError
-from lora_dist.models.building import set_tensor
-from lora_dist.models.streaming import TensorReader
+from lora_dist.models.streaming import TensorReader, fill_from
 
 BLOCK = 64
 """4-bit weights that share a scale, as in QLoRA; none crosses a row (`padded.py`)"""
 OUTLIER_THRESHOLD = 6.0
 """LLM.int8()'s, as in transformers: columns of the input with larger values are multiplied in half precision"""
+
+_TILES_KEY = "lora_dist_kept_tiles"
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,21 @@ class Quantisation:
     """of 4 bits: nf4 or fp4"""
     double: bool = True
     """of 4 bits: whether the blocks' scales are quantised too"""
+    tiles: bool = False
+    """of 4 bits: whether of pruned linears only the kept tiles are held (`block_quantised.py`)"""
 
     def __str__(self) -> str:
         if self.bits == 8:
             return "int8 (LLM.int8)"
-        return f"{self.quant_type.upper()}{' with double quantisation' if self.double else ''}"
+        of_tiles = " of kept tiles (storage blocks)" if self.tiles else ""
+        return f"{self.quant_type.upper()}{' with double quantisation' if self.double else ''}{of_tiles}"
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it into a config.json."""
         if self.bits == 8:
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD).to_dict()
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=self.quant_type, bnb_4bit_use_double_quant=self.double)
-        return config.to_dict()
+        return config.to_dict() | ({_TILES_KEY: True} if self.tiles else {})
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Quantisation:
@@ -60,7 +64,8 @@ class Quantisation:
         if config.get("load_in_8bit"):
             return cls(8)
         if config.get("load_in_4bit"):
-            return cls(4, str(config.get("bnb_4bit_quant_type")), bool(config.get("bnb_4bit_use_double_quant")))
+            double, tiles = bool(config.get("bnb_4bit_use_double_quant")), bool(config.get(_TILES_KEY))
+            return cls(4, str(config.get("bnb_4bit_quant_type")), double, tiles)
         raise UserError(f"quantization: found {dict(config)}, expected load_in_4bit or load_in_8bit, as bitsandbytes has them")
 
 
@@ -127,16 +132,20 @@ def _zero_code(state: Any) -> int:
     return int((state.code == 0).nonzero()[0])
 
 
-def _pack_4bit(weight_OI: Tensor, quantisation: Quantisation, storage: torch.dtype, mask: Mask | None) -> tuple[Tensor, Any]:
-    """Packed data and bitsandbytes' state of a float32 weight, its rows filled up to whole blocks."""
+def pack_4bit(weight_OI: Tensor, quantisation: Quantisation, storage: torch.dtype, zero_OI: Tensor | None) -> tuple[Tensor, Any]:
+    """Packed data and bitsandbytes' state of a float32 weight, its rows filled up to whole blocks.
+
+    Args:
+        zero_OI: what is to be exactly 0 after de-quantising, bool on the weight's device.
+    """
     functional = import_bitsandbytes().functional
     padding = (0, -weight_OI.shape[1] % BLOCK)
     padded = nn.functional.pad(weight_OI, padding).contiguous()
     packed, state = functional.quantize_4bit(
         padded, blocksize=BLOCK, compress_statistics=quantisation.double, quant_type=quantisation.quant_type
     )
-    if mask is not None:
-        pruned = nn.functional.pad(~mask.expand(packed.device), padding)
+    if zero_OI is not None:
+        pruned = nn.functional.pad(zero_OI, padding)
         codes = _unpacked(packed).masked_fill_(pruned.view(-1), _zero_code(state))
         packed = (codes[::2] << 4) | codes[1::2]
     return packed.view(-1).view(storage).view(-1, 1), state
@@ -151,7 +160,8 @@ def _quantise_into(layer: Any, weight_OI: Tensor, quantisation: Quantisation, ma
             data.masked_fill_(~mask.expand(data.device), 0)
         layer.weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scale_O)
         return
-    packed, state = _pack_4bit(weight_OI, quantisation, layer.quant_storage, mask)
+    pruned_OI = None if mask is None else ~mask.expand(weight_OI.device)
+    packed, state = pack_4bit(weight_OI, quantisation, layer.quant_storage, pruned_OI)
     state.dtype = layer.compute_dtype
     layer.weight = bnb.nn.Params4bit(
         packed,
@@ -188,10 +198,32 @@ def dequantised_OI(layer: Any) -> Tensor:
 
 def dequantised(weight_OI: Tensor, quantisation: Quantisation, mask: Mask | None) -> Tensor:
     """dequantise(quantise(W)), float32: what a run on the quantised base computes with."""
+    if _as_tiles(quantisation, mask):
+        from lora_dist.models.block_quantised import dequantised_tiles
+
+        assert isinstance(mask, BlockMask)
+        return dequantised_tiles(weight_OI, quantisation, mask)
     linear = NamedLinear("", nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta"), False)
     layer = _empty_layer(linear, quantisation, torch.float32, torch.uint8)
     _quantise_into(layer, weight_OI.float(), quantisation, mask)
     return dequantised_OI(layer)
+
+
+def _as_tiles(quantisation: Quantisation, mask: Mask | None) -> bool:
+    """Whether a weight is held as its kept tiles."""
+    return quantisation.tiles and isinstance(mask, BlockMask) and not mask.keeps_all
+
+
+def _empty_tiles(
+    linear: NamedLinear, mask: Any, scratch: Scratch, compute_dtype: torch.dtype, storage: torch.dtype, device: torch.device
+) -> Any:
+    """As `_empty_layer`, of kept tiles. Raises UserError where a tile is no whole number of blocks."""
+    from lora_dist.models.block_quantised import BlockLinear4bit, require_whole_blocks
+
+    require_whole_blocks(mask, linear.name)
+    old: Any = linear.module
+    layer = BlockLinear4bit(mask, old.bias, scratch, compute_dtype=compute_dtype, storage=storage, device=device)
+    return layer.requires_grad_(False).train(old.training)
 
 
 class QuantisedReader:
@@ -219,11 +251,16 @@ class QuantisedReader:
         self._reader, self._pattern, self._quantisation, self._device = reader, pattern, quantisation, device
         self._stands_for = DequantisedReader(reader, linears, pattern, quantisation)
         self._layers: dict[nn.Module, NamedLinear] = {}
+        scratch = Scratch()
         for linear in linears:
-            layer = _empty_layer(linear, quantisation, compute_dtype, storage)
+            mask = None if pattern is None else pattern.get(linear.name)
+            if _as_tiles(quantisation, mask):
+                layer = _empty_tiles(linear, mask, scratch, compute_dtype, storage, device)
+            else:
+                layer = _empty_layer(linear, quantisation, compute_dtype, storage)
+                self._place(layer)
             model.set_submodule(linear.name, layer)
             self._layers[layer] = linear
-            self._place(layer)
 
     def _place(self, layer: Any) -> None:
         """A placeholder that takes no memory, of the class that adapters look for; uint8, which says nothing of a precision."""
@@ -266,19 +303,30 @@ class QuantisedReader:
             if layer not in self._layers:
                 continue
             linear = self._layers[layer]
+            if isinstance(layer, BlockLinear):
+                self._fill_tiles(layer, linear)
+                continue
             stored = self._reader.whole(f"{linear.name}.weight").to(self._device, torch.float32)
             mask = None if self._pattern is None else self._pattern.get(linear.name)
             weight_OI = stored.T if linear.transposed else stored
             _quantise_into(layer, weight_OI, self._quantisation, mask)
-            _prove(linear.name, weight_OI, dequantised_OI(layer), mask, self._quantisation)
+            prove(linear.name, weight_OI, dequantised_OI(layer), mask, self._quantisation)
+
+    def _fill_tiles(self, layer: Any, linear: NamedLinear) -> None:
+        name, count = f"{linear.name}.weight", tile_count(layer.mask)
+        tiles = self._reader.tiles(name, 0, count)
+        if tiles is None:
+            stored = self._reader.whole(name)
+            tiles = pack(stored.T if linear.transposed else stored, layer.mask)
+        layer.fill(tiles.to(self._device, torch.float32), self._quantisation, linear.name)
 
     def fill(self, model: Any) -> None:
         """Everything: quantised layers, and the other parameters in the precision of their placeholders."""
         self.fill_quantised(model)
-        _fill_plain(model, self)
+        fill_from(model, self)
 
 
-def _prove(name: str, weight_OI: Tensor, found_OI: Tensor, mask: Mask | None, quantisation: Quantisation) -> None:
+def prove(name: str, weight_OI: Tensor, found_OI: Tensor, mask: Mask | None, quantisation: Quantisation) -> None:
     """What was quantised comes back: pruned weights as exact zeros, the others within the spacing of the codes. Waits for the device.
 
     Raises:
@@ -327,20 +375,13 @@ class DequantisedReader:
 
     def fill(self, model: Any) -> None:
         """Every parameter, in the precision of its placeholder."""
-        _fill_plain(model, self)
-
-
-def _fill_plain(model: Any, reader: QuantisedReader | DequantisedReader) -> None:
-    for name, parameter in list(model.named_parameters()):
-        if name in reader:
-            set_tensor(model, name, reader.whole(name).to(parameter.device, parameter.dtype, copy=True))
-    model.tie_weights()
+        fill_from(model, self)
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """(name, layer) of every quantised linear, without loading bitsandbytes."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module).__name__ in ("PaddedLinear4bit", "Linear8bitLt"):
+        if isinstance(module, nn.Linear) and type(module).__name__ in ("PaddedLinear4bit", "Linear8bitLt", "BlockLinear4bit"):
             yield name, module
 
 

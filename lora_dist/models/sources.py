@@ -1,7 +1,7 @@
 """The tensors of a model directory as they lie on disk, without building a model; and their fingerprint.
 
 Read tensor by tensor from memory maps, so memory is one tensor's. The fingerprint covers names, dtypes, shapes and bytes: how
-tensors are spread over files, and whether these are safetensors or torch files, makes no difference. Called by `loading.py`
+tensors are spread over files, and whether these are safetensors, kept tiles or torch files, makes no difference. Called by `loading.py`
 (which reads the base), `export.py` (which proves what was written) and `engine/`.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +23,13 @@ from tqdm import tqdm
 from lora_dist.blocks import Fingerprint
 from lora_dist.log import UserError
 from lora_dist.models.legacy import load_tensors
+from lora_dist.models.shards import BLOCK_PREFIX, Shard, block_shard, is_block_file, plain_shard
 
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""looked for in this order, as transformers does"""
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+    f"{BLOCK_PREFIX}.safetensors", f"{BLOCK_PREFIX}.safetensors.index.json",
+)  # fmt: skip
+"""looked for in this order, as transformers does; the last two are this project's own"""
 _CHUNK_BYTES = 1 << 22
 
 
@@ -69,17 +73,6 @@ def some(names: list[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-@dataclass(frozen=True)
-class Shard:
-    """An open file of weights."""
-
-    names: list[str]
-    tensor: Callable[[str], Tensor]
-    """reads one tensor, on CPU"""
-    shape: Callable[[str], tuple[int, ...]]
-    """reads one tensor's shape, and not the tensor"""
-
-
 @contextmanager
 def open_shard(file: Path) -> Iterator[Shard]:
     """Open one file of weights.
@@ -89,11 +82,16 @@ def open_shard(file: Path) -> Iterator[Shard]:
     """
     if file.suffix != ".safetensors":
         tensors = load_tensors(file)
-        yield Shard(list(tensors), tensors.__getitem__, lambda name: tuple(tensors[name].shape))
+        yield Shard(
+            list(tensors),
+            tensors.__getitem__,
+            lambda name: tuple(tensors[name].shape),
+            lambda name, start, stop: tensors[name][start:stop],
+        )
         return
     try:
         with safe_open(str(file), "pt") as handle:
-            yield Shard(list(handle.keys()), handle.get_tensor, lambda name: tuple(handle.get_slice(name).get_shape()))
+            yield block_shard(handle, file) if is_block_file(file) else plain_shard(handle)
     except (SafetensorError, OSError) as error:
         size = f"{file.stat().st_size:,} bytes" if file.exists() else "no file"
         raise UserError(f"{file}: cannot be read as safetensors ({error}; {size}); download or save it again") from error

@@ -7,18 +7,19 @@ Called by `engine/open_base.py` for strategies that shard the base.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora_dist.log import UserError
 from lora_dist.models.building import build_empty, match_names, set_tensor, stored_buffers
 from lora_dist.models.heads import head_modules, label_counts, start_head
 from lora_dist.models.loading import BaseSource, LoadedBase, frozen, generation_config, missing_head, quiet_transformers
-from lora_dist.models.sources import SourceFacts, stored_shapes, weight_files
+from lora_dist.models.shards import Shard
+from lora_dist.models.sources import SourceFacts, open_shard, stored_shapes, weight_files
 
 
 def load_empty(source: BaseSource, facts: SourceFacts, *, dtype: torch.dtype | None = None, device: str = "cpu") -> LoadedBase:
@@ -93,29 +94,21 @@ class TensorReader:
     """
 
     def __init__(self, model: nn.Module, source_dir: Path):
-        self._handles: dict[Path, Any] = {}
-        where: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        self._open = ExitStack()
+        where: dict[str, Shard] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in weight_files(source_dir):
             if file.suffix != ".safetensors":
                 raise UserError(
-                    f"model.name_or_path: {source_dir} holds {file.name}, expected safetensors, which a sharded base is read from "
-                    "piece by piece; set parallel.strategy ddp, or save the model with transformers' save_pretrained"
+                    f"model.name_or_path: {source_dir} holds {file.name}, expected safetensors, which a sharded, quantised or "
+                    "block-stored base is read from piece by piece; save the model with transformers' save_pretrained"
                 )
-            handle = self._open(file)
-            for key in handle.keys():  # noqa: SIM118 -- not a dict
-                where[key] = (file, tuple(handle.get_slice(key).get_shape()))
-        shapes = {key: shape for key, (_, shape) in where.items()}
+            shard = self._open.enter_context(open_shard(file))
+            where |= dict.fromkeys(shard.names, shard)
+            shapes |= {key: shard.shape(key) for key in shard.names}
         advice = "check config.json, or set parallel.strategy ddp, which loads through transformers"
         self._keys = match_names(model, source_dir, shapes, advice=advice)
         self._where = where
-
-    def _open(self, file: Path) -> Any:
-        if file not in self._handles:
-            try:
-                self._handles[file] = safe_open(str(file), "pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: cannot be read as safetensors ({error}); download or save it again") from error
-        return self._handles[file]
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys
@@ -123,12 +116,18 @@ class TensorReader:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a parameter's first dimension, on CPU, in the precision it is stored in."""
         key = self._keys[name]
-        return self._open(self._where[key][0]).get_slice(key)[start:stop]
+        return self._where[key].rows(key, start, stop)
+
+    def tiles(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Tiles [start, stop) of a weight, on CPU, where the files hold tiles of it."""
+        key = self._keys[name]
+        shard = self._where[key]
+        return shard.tiles(key, start, stop) if shard.tiles is not None and key in shard.tiled else None
 
     def whole(self, name: str) -> Tensor:
         """A parameter, on CPU, in the precision it is stored in."""
         key = self._keys[name]
-        return self._open(self._where[key][0]).get_tensor(key)
+        return self._where[key].tensor(key)
 
     def fill_quantised(self, unit: nn.Module) -> None:
         """Nothing: no layer is quantised (`quantised.py`)."""
@@ -137,3 +136,19 @@ class TensorReader:
         """Buffers that the files hold; there are few, and every process needs them whole."""
         for name, buffer in stored_buffers(model):
             buffer.copy_(self.whole(name))
+
+
+class WholeReader(Protocol):
+    """What `fill_from` asks."""
+
+    def __contains__(self, name: object) -> bool: ...
+
+    def whole(self, name: str) -> Tensor: ...
+
+
+def fill_from(model: Any, reader: WholeReader) -> None:
+    """Read every parameter that `reader` knows, one at a time, in the precision and on the device of its placeholder."""
+    for name, parameter in list(model.named_parameters()):
+        if name in reader:
+            set_tensor(model, name, reader.whole(name).to(parameter.device, parameter.dtype, copy=True))
+    model.tie_weights()

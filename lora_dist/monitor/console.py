@@ -141,13 +141,14 @@ class Console:
         self.line("✅ Model loaded successfully")
         self.line("Applying LoRA configuration...")
 
-    def adapter_applied(self, trainable: int, total: int) -> None:
+    def adapter_applied(self, trainable: int, total: int, what: str = "LoRA") -> None:
         share = 100 * trainable / total
         self.line(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.3f}%")
-        self.line(f"✅ LoRA applied: only {share:.3f}% parameters are trainable")
+        self.line(f"✅ {what} applied: only {share:.3f}% parameters are trainable")
 
     def pattern(self, kind: str, block: int, sparsity: float, layers: int, digest: str) -> None:
-        unit = f"{block}x{block} tiles" if kind == "block" else "single elements"
+        tiles = f"{block}x{block} tiles"
+        unit = {"block": tiles, "element": "single elements", "mixed": f"{tiles}, in some linears single elements"}[kind]
         self.line(f"✅ Sparsity pattern: {unit}, {sparsity:.2%} of {layers} linears pruned, digest {digest[:12]}")
 
     def placement(
@@ -338,11 +339,12 @@ class Console:
             self.line(f"  Best checkpoint: {best_checkpoint}")
         self.line()
 
-    def complete(self, output_dir: Path, next_steps: Sequence[str]) -> None:
+    def complete(self, output_dir: Path, next_steps: Sequence[str], what: str = "LoRA") -> None:
+        """`what`: is trained, LoRA or sparse full."""
         self.line(RULE)
-        self.line("LoRA Fine-tuning Complete!")
+        self.line(f"{what} Fine-tuning Complete!")
         self.line(RULE)
-        self.line(f"LoRA weights saved to: {output_dir}")
+        self.line(f"{what} weights saved to: {output_dir}")
         self.line()
         self.line("Next steps:")
         for text in next_steps:

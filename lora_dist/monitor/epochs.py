@@ -29,7 +29,7 @@ class EpochConsole(Console):
             None  # step of the best adapter that is not told to be saved yet, and why it is best
         )
 
-    def adapter_applied(self, trainable: int, total: int) -> None:
+    def adapter_applied(self, trainable: int, total: int, what: str = "LoRA") -> None:
         self.line("📊 Parameter Statistics:")
         for name, value in (("Total", total), ("Trainable", trainable), ("Frozen", total - trainable)):
             self.line(f"  {name + ' parameters:':<22}{value:>17,}")
@@ -93,7 +93,7 @@ class EpochConsole(Console):
         found = "".join(f", {name} {value:.4f}" for name, value in figures.items())
         self.line(f"✅ The adapter in the run's folder, on {samples:,} examples: loss {loss:.4f}{found}")
 
-    def complete(self, output_dir: Path, next_steps: Sequence[str]) -> None:
+    def complete(self, output_dir: Path, next_steps: Sequence[str], what: str = "LoRA") -> None:
         self.line(f"LoRA weights saved to: {output_dir}")
         for text in next_steps:
             self.line(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,21 @@ class MetricsFile:
             raise UserError(f"train.output_dir: {self.file} cannot be rewritten ({error.strerror}); {advice}") from error
         return dropped
 
-    def write(self, step: int, event: str, values: Mapping[str, float | int | str | bool | None]) -> None:
+    def write(self, step: int, event: str, values: Mapping[str, Any]) -> None:
         """One record: step, event (train, eval, save, final, ...) and values with units in their names."""
         self._lines.write(json.dumps({"step": step, "event": event, **{k: _plain(v) for k, v in values.items()}}))
+
+    def records(self) -> list[dict[str, Any]]:
+        """All records, in order; empty where there is no file. A half-written line is left out.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
+        except OSError as error:
+            raise UserError(f"train.output_dir: {self.file} cannot be read ({error.strerror})") from error
+        return [json.loads(line) for line in text.splitlines() if _stays(line, sys.maxsize, True)]
 
     def close(self) -> int:
         """Try once more to write what could not be written; how many records are not in the file, told on stderr as well."""

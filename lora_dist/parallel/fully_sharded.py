@@ -37,10 +37,12 @@ def make_mesh(world: World, *, hybrid: bool) -> DeviceMesh:
 
 
 def _give_room(unit: nn.Module) -> None:
-    """Turn placeholders into tensors of uninitialised memory, one unit at a time, which `fully_shard` cuts and lets go of."""
+    """Turn placeholders into tensors, one unit at a time, which `fully_shard` cuts and lets go of: of uninitialised memory, or zeros where
+    they are trained and nothing is read into them."""
     for parameter in unit.parameters():
         if not parameter.is_contiguous():
-            parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            make = torch.zeros if parameter.requires_grad else torch.empty
+            parameter.data = make(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 class FullySharded(TorchStrategy):
@@ -116,6 +118,9 @@ class FullySharded(TorchStrategy):
             yield
         finally:
             unit.reshard()
+
+    def settle(self) -> None:
+        self._root.reshard()  # the root stays whole behind a forward pass, for the backward pass to come
 
     def all_units(self) -> list[Any]:
         """The units, and the root with what is in none of them."""

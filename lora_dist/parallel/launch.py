@@ -49,6 +49,11 @@ class World:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def add(self, tensor: torch.Tensor) -> None:
+        """Collective: the tensor, on this process's device, becomes the sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
     def any(self, flag: bool) -> bool:
         """Collective: whether the flag is set on any rank."""
         return self.sum([float(flag)])[0] > 0
@@ -205,10 +210,24 @@ def _meeting(rank: int, size: int, timeout_s: float, join_timeout_s: float | Non
     return PrefixStore("default_pg", store)
 
 
+_named: set[str] = set()
+
+
+def name_ranks(world: World) -> None:
+    """Set RANK, WORLD_SIZE and LOCAL_RANK where no launcher did, for libraries that read nothing else; until `close_world`, lest a
+    library that comes later in the same process takes them for a launcher's."""
+    for name, value in (("LOCAL_RANK", world.local_rank), ("RANK", world.rank), ("WORLD_SIZE", world.size)):
+        if name not in os.environ:
+            os.environ[name] = str(value)
+            _named.add(name)
+
+
 def close_world() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    while _named:
+        os.environ.pop(_named.pop(), None)
 
 
 class SideStore:

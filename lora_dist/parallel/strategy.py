@@ -51,7 +51,7 @@ class Reader(Protocol):
 
 def plain_name(name: str) -> str:
     """A parameter's name in the base as it was before PEFT wrapped its linears."""
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,9 @@ class Strategy(ABC):
     @abstractmethod
     def non_finite(self) -> list[str]:
         """Trainable parameters whose gradient on this process was not finite in the last step. Waits for the device."""
+
+    def settle(self) -> None:  # noqa: B027 - most leave nothing
+        """After forward passes outside of a step: let go of what they left gathered."""
 
     def own_gradients_finite(self) -> bool | None:
         """Whether what this process's own micro-batches gave to the last step's gradients was finite; None where that cannot be told

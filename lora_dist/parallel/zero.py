@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lora_dist.blocks import Piece
 from lora_dist.log import UserError
 from lora_dist.parallel.heap import return_freed_memory
-from lora_dist.parallel.launch import World
+from lora_dist.parallel.launch import World, name_ranks
 from lora_dist.parallel.loss_scale import LossScale
 from lora_dist.parallel.optimizers import AdamWArgs, make_optimizer, set_rate
 from lora_dist.parallel.strategy import Reader, Strategy, StrategyError, Update, check_optimizer_tensors, plain_name
@@ -39,8 +39,7 @@ def import_deepspeed(world: World) -> Any:
     """DeepSpeed, told which device it works on before it looks for one itself, and joined to torch's process group."""
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    for name, value in (("LOCAL_RANK", world.local_rank), ("RANK", world.rank), ("WORLD_SIZE", world.size)):
-        os.environ.setdefault(name, str(value))  # read by zero.Init, also where no launcher set them
+    name_ranks(world)  # zero.Init reads them
     import deepspeed
     from deepspeed.utils import logger
 
@@ -172,6 +171,8 @@ class Zero(Strategy):
                 continue
             for key, parameter in own.items():
                 name = plain_name(f"{prefix}.{key}")
+                if parameter.requires_grad and not parameter.is_contiguous():  # a placeholder that nothing is read into
+                    parameter.data = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
                 if reader is None or name not in reader or hasattr(parameter, "ds_id"):
                     continue
                 whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)

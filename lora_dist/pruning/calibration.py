@@ -1,11 +1,12 @@
 """What the linears of a decoder layer see: hidden states of the calibration text, one layer at a time.
 
     capture    run the model up to its first decoder layer and keep that layer's inputs; no decoder layer is computed
-    squares    run one layer over all windows and sum the squares of each linear's input columns
+    norms      run one layer over all windows and sum the squares of each linear's input columns
+    grams      the same, and sum all products of input columns, for reconstruction
     advance    run one layer over all windows and put its outputs in place of its inputs
 
 So memory is the hidden states of all windows (tokens x width), one layer's activations for one micro-batch, and one float64
-vector a distinct input. Called by `pruning/prune.py`.
+vector (for `grams` a matrix) a distinct input. Called by `pruning/prune.py`.
 
 Layers get their arguments from the model itself: during `capture` every decoder layer is replaced by a stub that notes what the
 model passes to it (rotary tables, masks: per layer, since sliding and full attention may alternate) and hands the hidden
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from lora_dist.blocks import NamedLinear
 from lora_dist.log import UserError
+from lora_dist.pruning.gram import Alone, Gram, GramSums, Peers, require_seen
 
 MICRO_BATCH_TOKENS = 4096
 """tokens a layer computes at once, or one window if that is longer"""
@@ -59,15 +61,21 @@ class Calibration:
         hidden: one (B, L, D) tensor a micro-batch, replaced layer by layer.
         calls: what layer `i` gets besides them, by micro-batch size (the last micro-batch may be smaller).
         device: where layers are computed.
+        peers: the processes, each of which has a part of the micro-batches.
     """
 
     device: torch.device
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[dict[int, _Call]] = field(default_factory=list)
+    peers: Peers = field(default_factory=Alone)
 
     @property
     def tokens(self) -> int:
         return sum(h.shape[0] * h.shape[1] for h in self.hidden)
+
+    def twin(self, micro_batches: int | None = None) -> Calibration:
+        """The same inputs, or the first micro-batches of this process, to be led through other layers."""
+        return Calibration(self.device, self.hidden[:micro_batches], self.calls, self.peers)
 
     def outputs(self, index: int, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs (B, L, D) of layer `index`, micro-batch by micro-batch."""
@@ -85,23 +93,37 @@ class Calibration:
 
     @torch.no_grad()
     def norms(self, index: int, layer: nn.Module, linears: list[NamedLinear]) -> dict[str, Tensor]:
-        """||x_I||_2 of every linear's input columns over all tokens: float32 (I,) by name.
+        """Collective: ||x_I||_2 of every linear's input columns over all tokens: float32 (I,) by name.
 
         Raises:
             UserError: if a linear was never run.
         """
-        squares = SquareSums(linears)
-        with squares.watching():
+        squares = SquareSums(linears, self.device)
+        self._watch(squares, index, layer)
+        return squares.norms(self.peers)
+
+    @torch.no_grad()
+    def grams(self, index: int, layer: nn.Module, linears: list[NamedLinear]) -> dict[str, Gram]:
+        """Collective: sums over all tokens of every linear's input and its products, by name; an input that several share is one object.
+
+        Raises:
+            UserError: if a linear was never run.
+        """
+        sums = GramSums(linears, self.device)
+        self._watch(sums, index, layer)
+        return sums.grams(self.peers)
+
+    def _watch(self, sums: SquareSums | GramSums, index: int, layer: nn.Module) -> None:
+        with sums.watching():
             for _ in self.outputs(index, layer):
-                squares.next_batch()
-        return squares.norms()
+                sums.next_batch()
 
 
 class SquareSums:
     """Sums of squares of linears' input columns, in float64; an input shared by several linears is summed once."""
 
-    def __init__(self, linears: list[NamedLinear]):
-        self._linears = linears
+    def __init__(self, linears: list[NamedLinear], device: torch.device):
+        self._linears, self._device = linears, device
         self._sums: dict[str, Tensor] = {}
         self._last: tuple[Tensor, Tensor] | None = None
         """the newest input and its sums: q, k and v get the same tensor object"""
@@ -131,14 +153,19 @@ class SquareSums:
             for handle in handles:
                 handle.remove()
 
-    def norms(self) -> dict[str, Tensor]:
-        unused = [linear.name for linear in self._linears if linear.name not in self._sums]
-        if unused:
-            raise UserError(
-                f"layer {unused[0]}: no calibration token reached it ({len(unused)} such linears); use more calibration text, "
-                "or score=magnitude, which needs none"
-            )
-        return {name: total.sqrt().float() for name, total in self._sums.items()}
+    def norms(self, peers: Peers) -> dict[str, Tensor]:
+        """Collective: the roots of the sums of all processes."""
+        seen = set().union(*peers.gather(set(self._sums)))
+        require_seen([linear.name for linear in self._linears if linear.name not in seen])
+        norms = {}
+        for linear in self._linears:
+            total = self._sums.get(linear.name)
+            if total is None or peers.size > 1:  # linears that share an input share the tensor
+                zeros = torch.zeros(linear.weight_OI.shape[1], dtype=torch.float64, device=self._device)
+                total = zeros if total is None else zeros + total
+                peers.add(total)
+            norms[linear.name] = total.sqrt().float()
+        return norms
 
 
 class _Stub(nn.Module):
@@ -179,14 +206,22 @@ def _stubs(layers: nn.ModuleList, as_tuple: bool) -> Iterator[list[_Stub]]:
 
 
 @torch.no_grad()
-def capture(model: nn.Module, layers: nn.ModuleList, windows_NL: Tensor, *, device: torch.device | None = None) -> Calibration:
-    """Inputs of the first decoder layer for all calibration windows.
+def capture(
+    model: nn.Module,
+    layers: nn.ModuleList,
+    windows_NL: Tensor,
+    *,
+    device: torch.device | None = None,
+    peers: Peers | None = None,
+) -> Calibration:
+    """Inputs of the first decoder layer for all calibration windows, or for this process's part of them.
 
     Args:
         model: the whole model, in eval mode; computed on its own device.
         layers: its decoder layers, as they are in the model.
         windows_NL: int64 (N, L): N windows of L tokens, no padding.
         device: where the hidden states are kept and layers will be computed; default: the model's.
+        peers: the processes that calibrate together; each takes every `size`-th micro-batch, so that these are what one process has.
 
     Returns:
         The hidden states and each layer's other arguments.
@@ -195,11 +230,11 @@ def capture(model: nn.Module, layers: nn.ModuleList, windows_NL: Tensor, *, devi
         UserError: a model whose layers return more than hidden states, such as DeBERTa.
     """
     own = next(model.parameters()).device
-    calibration = Calibration(device or own)
+    calibration = Calibration(device or own, peers=peers or Alone())
     batch = max(1, MICRO_BATCH_TOKENS // windows_NL.shape[1])
     as_tuple = _returns_tuples(model, layers, windows_NL[:1, :2].to(own))
     with _stubs(layers, as_tuple) as stubs:
-        for ids in windows_NL.split(batch):
+        for ids in windows_NL.split(batch)[calibration.peers.rank :: calibration.peers.size]:
             try:
                 _base(model)(input_ids=ids.to(own), use_cache=False)  # without lm_head: nobody reads the logits
             except (TypeError, ValueError, AttributeError) as error:

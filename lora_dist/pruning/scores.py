@@ -1,8 +1,11 @@
 """What a tile is worth: element scores, summed over each `b x b` tile.
 
     wanda       S_PQ = sum over the tile of |W_OI| * ||x_I||_2     (Sun et al. 2023, arXiv:2306.11695, per tile)
+    energy      S_PQ = sum over the tile of W_OI^2 * ||x_I||_2^2   (what the tile adds to the output, were inputs uncorrelated)
     magnitude   S_PQ = sum over the tile of |W_OI|
     random      S_PQ uniform in [0, 1), from the seed and the layer's name
+
+The score `obs` looks at all tiles of a block row together and is in `obs.py`.
 
 ||x_I||_2 is the norm of input column I over all calibration tokens. It is constant down a column of the tile, so |W| is summed
 down each block row first and no second O x I tensor is made.
@@ -25,7 +28,7 @@ from torch import Tensor
 from lora_dist.blocks import grid
 from lora_dist.log import UserError
 
-Score = Literal["wanda", "magnitude", "random"]
+Score = Literal["wanda", "energy", "obs", "magnitude", "random"]
 SCORES: tuple[str, ...] = get_args(Score)
 
 
@@ -38,8 +41,8 @@ def _sum_groups(matrix: Tensor, block: int) -> Tensor:
     return torch.cat(sums)
 
 
-def tile_scores(weight_OI: Tensor, block: int, norm_I: Tensor | None = None) -> Tensor:
-    """Sum of |W_OI| * norm_I over each tile; without `norm_I`, of |W_OI|.
+def tile_scores(weight_OI: Tensor, block: int, norm_I: Tensor | None = None, *, squared: bool = False) -> Tensor:
+    """Sum of |W_OI| * norm_I over each tile; without `norm_I`, of |W_OI|; `squared`, of their squares.
 
     Args:
         weight_OI: (O, I), any float dtype, on any device.
@@ -49,9 +52,10 @@ def tile_scores(weight_OI: Tensor, block: int, norm_I: Tensor | None = None) -> 
     Returns:
         float32 (P, Q) on the weight's device.
     """
-    rows_PI = _sum_groups(weight_OI.detach().abs(), block)
+    elements_OI = weight_OI.detach().float().square() if squared else weight_OI.detach().abs()
+    rows_PI = _sum_groups(elements_OI, block)
     if norm_I is not None:
-        rows_PI *= norm_I.to(rows_PI)
+        rows_PI *= (norm_I.square() if squared else norm_I).to(rows_PI)
     return _sum_groups(rows_PI.T, block).T.contiguous()
 
 
@@ -66,11 +70,11 @@ def layer_scores(score: str, name: str, weight_OI: Tensor, block: int, *, norm_I
     """Tile scores of one linear.
 
     Args:
-        score: wanda, magnitude or random.
+        score: wanda, energy, magnitude or random.
         name: the linear's name, for messages and for `random`.
         weight_OI: (O, I).
         block: tile side b.
-        norm_I: (I,), needed by `wanda`.
+        norm_I: (I,), needed by `wanda` and `energy`.
         seed: used by `random`.
 
     Returns:
@@ -81,9 +85,9 @@ def layer_scores(score: str, name: str, weight_OI: Tensor, block: int, *, norm_I
     """
     if score == "random":
         return random_scores((weight_OI.shape[0], weight_OI.shape[1]), block, seed, name)
-    if score == "wanda":
-        assert norm_I is not None, "wanda needs the norms of the calibration inputs"
-        scores_PQ = tile_scores(weight_OI, block, norm_I)
+    if score in ("wanda", "energy"):
+        assert norm_I is not None, f"{score} needs the norms of the calibration inputs"
+        scores_PQ = tile_scores(weight_OI, block, norm_I, squared=score == "energy")
     elif score == "magnitude":
         scores_PQ = tile_scores(weight_OI, block)
     else:

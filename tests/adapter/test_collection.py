@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lora_dist.adapter import (
     layer_update,
     load_adapter,
     lora_layers,
+    read_quantisation,
     save_adapter,
 )
 from tests.adapter.test_peft import llama, logits, prune, train_a_little
@@ -64,6 +67,7 @@ def test_add_list_switch_delete(made, tmp_path, capsys):
         (["switch", box, "nothing"], "found no adapter nothing"),
         (["delete", box, "second"], "is the active adapter"),
         (["merge-weighted", box, "sum", "first=x"], "expected NAME=NUMBER"),
+        (["merge-weighted", box, "sum", "first=1", "first=2"], "found first twice, expected each name once"),
         (["list", str(source)], "found no adapters.json"),
         (["turn", box], "expected one of list, add"),
     ):
@@ -106,3 +110,17 @@ def test_a_masked_sum_by_cat_is_exact_and_keeps_the_mask(made, tmp_path):
     assert load_file(tmp_path / "box" / "cat" / "adapter_model.safetensors")[
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     ].shape == (8, 64)
+
+
+def test_a_sum_is_of_adapters_whose_base_was_held_alike(made, tmp_path, capsys):
+    _, _, source = made
+    box, held = str(tmp_path / "box"), json.dumps({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
+    for name in ("a", "b"):
+        shutil.copytree(source / name, tmp_path / name)
+        assert main(["adapters", "add", box, name, str(tmp_path / name)]) == 0
+    (tmp_path / "box" / "a" / "base_quantization.json").write_text(held)
+    assert main(["adapters", "merge-weighted", box, "sum", "a=1", "b=1"]) == 2
+    assert "NAME: found a trained on a quantised base, and others" in capsys.readouterr().err
+    (tmp_path / "box" / "b" / "base_quantization.json").write_text(held)
+    assert main(["adapters", "merge-weighted", box, "sum", "a=1", "b=1"]) == 0
+    assert read_quantisation(tmp_path / "box" / "sum") == json.loads(held)

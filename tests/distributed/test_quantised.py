@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import json
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_dist.arguments import MergeArgs
+from lora_dist.engine.merge import merge
+from lora_dist.parallel import World
 from tests.distributed.group import WorkerGroups
 from tests.distributed.test_strategies import check_norms
 from tests.runs import adapter, largest_relative_difference, losses, options
@@ -57,6 +64,34 @@ def test_two_processes_train_what_one_does(strategy, run, alone, tmp_path):
         assert total <= sum(fact["base_bytes"] for fact in done.facts) <= 1.02 * total
     else:
         assert all(fact["base_bytes"] == total for fact in done.facts)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_shards_trained_is_merged_whole_and_in_shards(kind, groups, run, tiny_base, tmp_path):
+    """Into the de-quantised base, which the guard compares with the quantised one; DoRA reads the row norms of shards of codes."""
+    out = tmp_path / "run"
+    of_kind = {"adapter__type": kind, "learning_rate": 1e-2}
+    run(tmp_path / "alone", "ddp", 1, **of_kind)
+    run(out, "fsdp2", 2, **of_kind)
+    a, b = losses(tmp_path / "alone"), losses(out)
+    assert max(abs(b[step] - a[step]) / a[step] for step in a) < 1e-5
+    assert largest_relative_difference(adapter(tmp_path / "alone"), adapter(out)) < 1e-3
+    whole = merge(MergeArgs(str(tiny_base), str(out), str(tmp_path / "whole")), World())
+    assert whole.quantised is not None and whole.quantised.logits_error < 1e-5 and whole.zero_tiles > 0
+    groups[2].run(str(tiny_base), str(out), str(tmp_path / "shards"), "--strategy=fsdp2", verb="merge")
+    shards = json.loads((tmp_path / "shards" / "merge.json").read_text())
+    assert shards["quantised"]["logits_error"] < 1e-5 and shards["zero_tiles"] == whole.zero_tiles
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "shards"))
+    assert a.keys() == b.keys() and all(torch.allclose(a[name], b[name], rtol=1e-5, atol=1e-6) for name in a)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero1"])
+def test_in_half_precision_it_trains_what_one_process_does(strategy, run, alone, tmp_path):
+    run(tmp_path / "half", strategy, 2, fp16=True)
+    a, b = losses(alone[0]), losses(tmp_path / "half")
+    assert list(a) == list(b) and max(abs(b[step] - a[step]) / a[step] for step in a) < 2e-3
 
 
 @pytest.mark.parametrize(("strategy", "other"), [("fsdp2", "zero2"), pytest.param("zero2", "fsdp2", marks=pytest.mark.long)])

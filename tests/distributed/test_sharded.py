@@ -105,6 +105,27 @@ def test_every_architecture_trains_and_merges_alike(kind, pair, arguments, tmp_p
     assert configs[0] == configs[1]
 
 
+def test_kept_weights_and_what_is_trained_whole_are_alike_and_merge_alike(pair, arguments, tiny_base, tmp_path):
+    found, more = {}, {"mode": "sparse_full", "adapter__modules_to_save": "[all-norm,embed_tokens,lm_head]", "max_steps": 4}
+    for strategy in ("ddp", "fsdp2", "zero3"):
+        done = pair.run(*arguments(tiny_base, tmp_path / strategy, strategy, **more))
+        found[strategy] = losses(tmp_path / strategy), adapter(tmp_path / strategy)
+        assert strategy == "ddp" or max(fact["trainable_elements"] for fact in done.facts) < 0.65 * 14_944
+    for strategy in SHARDED:
+        assert found[strategy][0] == pytest.approx(found["ddp"][0], rel=1e-6), strategy
+        assert largest_relative_difference(found["ddp"][1], found[strategy][1]) < 1e-4, strategy
+    for strategy in ("ddp", "fsdp2"):
+        done = pair.run(
+            str(tiny_base), str(tmp_path / "ddp"), str(tmp_path / f"merged-{strategy}"), f"--strategy={strategy}", verb="merge"
+        )
+        assert done.facts[0]["zero_tiles"] > 0 and max(done.facts[0]["errors"]) < 1e-5
+    whole, cut = (load_file(tmp_path / f"merged-{s}" / "model.safetensors") for s in ("ddp", "fsdp2"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
+    before = load_file(tiny_base / "model.safetensors")
+    moved = {k for k in whole if not torch.equal(whole[k], before[k])}
+    assert moved >= {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.down_proj.weight"}
+
+
 def test_a_pattern_without_a_mask_file_is_found_in_the_files(pair, arguments, tiny_base, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(tiny_base, base)

@@ -96,7 +96,7 @@ def stopped(
     [
         pytest.param("ddp", signal.SIGTERM, 1, marks=pytest.mark.matrix),
         ("ddp", signal.SIGUSR1, 0),
-        ("fsdp2", signal.SIGINT, 1),
+        pytest.param("fsdp2", signal.SIGINT, 1, marks=pytest.mark.long),
         pytest.param("zero2", signal.SIGUSR2, 0, marks=pytest.mark.matrix),
         pytest.param("zero3", signal.SIGTERM, 1, marks=pytest.mark.long),
     ],
@@ -156,6 +156,7 @@ def test_a_time_limit_stops_before_it_is_reached(pair, tiny_base, tiny_text, tmp
     assert step == max(losses(tmp_path / "out")) and verify(path) is None
 
 
+@pytest.mark.long
 def test_torchrun_hands_a_sigterm_on_and_the_checkpoint_fits_into_its_grace(tiny_base, tiny_text, tmp_path):
     out = tmp_path / "out"
     values = options(
@@ -233,6 +234,7 @@ def _waits_for_signals(pid: int) -> bool:
     return False
 
 
+@pytest.mark.long
 def test_a_stopped_run_on_one_process_exits_with_75(tiny_base, tiny_text, tmp_path):
     out = tmp_path / "out"
     argv = ["train", *options(tiny_base, tiny_text, out, **{**COMMON, "max_steps": 2000, "eval_strategy": "no"})]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.group import WorkerGroups
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, records
+from tests.tiny import save_dense
 
 pytestmark = pytest.mark.distributed
 
@@ -159,6 +160,17 @@ def test_half_precision_means_the_same(name, precision, groups, arguments, tmp_p
     if precision == "fp16":
         rows = records(tmp_path / name, "train")
         assert rows[-1]["loss_scale"] == 2**16 and rows[-1]["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "zero3"])
+def test_a_dense_model_teaches_two_processes_what_it_teaches_one(name, groups, arguments, tmp_path):
+    """Cut over the processes; more of it in test_distill.py."""
+    shared = {"distill_from": save_dense(tmp_path / "dense"), "distill_hidden_weight": 0.5, "max_steps": 4}
+    groups[1].run(*arguments(tmp_path / "one", "ddp", 1, **shared))
+    groups[2].run(*arguments(tmp_path / "two", name, 2, **shared))
+    for key in ("loss", "ce_loss", "kl_loss", "hidden_loss"):
+        one, two = ([row[key] for row in records(tmp_path / run, "train")] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5) and len(one) == 4
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "zero1", "zero3"])

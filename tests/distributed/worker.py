@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_dist.__main__ import end_with_launcher
-from lora_dist.arguments import EvalArgs, GenerateArgs, MergeArgs
+from lora_dist.arguments import EvalArgs, GenerateArgs, MergeArgs, PruneArgs
 from lora_dist.cli.options import Verb, parse
 from lora_dist.cli.train import VERB as TRAIN
 from lora_dist.config import RunConfig
@@ -30,6 +30,7 @@ from lora_dist.engine.base import base_pieces
 from lora_dist.engine.evaluate import evaluate
 from lora_dist.engine.merge import merge
 from lora_dist.engine.open_model import open_model
+from lora_dist.engine.prune import prune_model
 from lora_dist.engine.report import evaluate_models
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.train import train
@@ -47,6 +48,10 @@ def wrapped_facts(parts: Parts) -> dict[str, Any]:
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     facts: dict[str, Any] = {"strategy": type(strategy).__name__, "frozen": len(frozen), "trainable": len(trainable)}
+    teacher = getattr(getattr(parts.task, "lessons", None), "teacher", None)
+    if teacher is not None:
+        pieces = [p.to_local() if isinstance(p, DTensor) else p for p in teacher.model.parameters()]
+        facts["teacher_elements"] = sum(piece.numel() for piece in pieces)
     engine = getattr(strategy, "engine", None)
     if engine is not None:
         zero = engine.optimizer
@@ -78,6 +83,7 @@ def tamper(parts: Parts, how: dict[str, Any]) -> None:
     """Break something on one rank, as hardware or a bug would.
 
     `weight`: after so many forward passes, write 3.0 into a pruned tile of this rank's own part of a layer.
+    `value`: then, add 1 to the last value of this rank's own part of a layer's kept tiles.
     `gradient`: from so many backward passes on, make the gradient behind a layer's output NaN, the loss staying finite.
     """
     if how["rank"] != parts.world.rank:
@@ -90,6 +96,8 @@ def tamper(parts: Parts, how: dict[str, Any]) -> None:
         passes += 1
         if how["what"] == "gradient" and passes >= how["after"] and output.requires_grad:
             output.register_hook(lambda gradient: gradient * float("nan"))
+        if how["what"] == "value" and passes == how["after"]:
+            pieces[f"{how['layer']}.values"].tensor.data.view(-1)[-1] += 1.0
         if how["what"] == "weight" and passes == how["after"]:
             piece, mask = pieces[f"{how['layer']}.weight"], parts.guard.pattern[how["layer"]]  # type: ignore[index]
             pruned = ~mask.expand().flatten()[piece.start : piece.start + piece.tensor.numel()]
@@ -146,7 +154,19 @@ def run_generate(argv: list[str], job: dict[str, Any], world: World, answer: dic
     answer |= {"code": 0, "facts": {"text": text, "placements": sorted(placed)}}
 
 
-VERBS = {"train": run_train, "eval": run_eval, "report": run_report, "merge": run_merge, "generate": run_generate}
+def run_prune(argv: list[str], job: dict[str, Any], world: World, answer: dict[str, Any]) -> None:
+    result = prune_model(parse(PruneArgs, argv, Verb("prune", "", positionals=("model", "out"))), world, progress=False)
+    answer |= {"code": 0, "facts": {"digest": result.pattern.digest, "windows": result.windows}}
+
+
+VERBS = {
+    "train": run_train,
+    "eval": run_eval,
+    "report": run_report,
+    "merge": run_merge,
+    "generate": run_generate,
+    "prune": run_prune,
+}
 
 
 def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:

@@ -57,7 +57,10 @@ def test_trained_counted_stopped_and_merged(tiny_base, tiny_text, tmp_path, kind
         open_model(str(tiny_base), world=World()).model, pattern if kind != "ia3" else None, r=16 if kind == "pissa" else 8, lora_alpha=16,
         adapter_type="lora" if kind == "pissa" else kind, adalora={k.removeprefix("adapter__"): v for k, v in ADALORA.items()},
     )  # fmt: skip
-    assert f"{trained:,}" in capsys.readouterr().out and trained == fresh.get_nb_trainable_parameters()[0]
+    assert trained == fresh.get_nb_trainable_parameters()[0]
+    told = trained // 2 if kind == "pissa" else trained  # half of its factors are frozen
+    output = capsys.readouterr().out
+    assert f"trainable params: {told:,} ||" in output and f"Number of trainable parameters = {told:,}" in output
     assert count is not None
 
 
@@ -73,6 +76,19 @@ def test_another_type_or_rank_on_resume_is_refused(tiny_base, tiny_text, tmp_pat
         train(tiny_base, tiny_text, tmp_path / "pissa", "lora", **again, adapter__r=16, adapter__lora_alpha=32)
     with pytest.raises(UserError, match="adapter.r: was 8 when checkpoint-8 was written, found 16"):
         train(tiny_base, tiny_text, tmp_path / "pissa", "pissa", **again, adapter__r=16)
+
+
+def test_unmasked_types_on_a_pruned_base_are_told_what_becomes_of_the_zeros(tiny_base, tiny_text, tmp_path, capsys):
+    short = {"adapter__mask": "none", "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"}
+    train(tiny_base, tiny_text, tmp_path / "ia3", "ia3", **short)
+    told = capsys.readouterr().out
+    assert "keeps the base's zeros all the same" in told and "--densify" not in told and "would destroy" not in told
+    merged = merge(MergeArgs(base=str(tiny_base), adapter=str(tmp_path / "ia3"), out=str(tmp_path / "m")), World())
+    assert merged.zero_tiles > 0 and merged.pattern_digest == Pattern.load(tiny_base).digest
+    train(tiny_base, tiny_text, tmp_path / "adalora", "adalora", **{**short, "max_steps": 8})
+    assert "merging it would destroy the base's sparsity pattern" in capsys.readouterr().out
+    with pytest.raises(UserError, match="found an unmasked update for a base with .* pruned weights.*--project .*--densify"):
+        merge(MergeArgs(base=str(tiny_base), adapter=str(tmp_path / "adalora"), out=str(tmp_path / "no")), World())
 
 
 @pytest.mark.parametrize(
@@ -99,6 +115,14 @@ def test_another_type_or_rank_on_resume_is_refused(tiny_base, tiny_text, tmp_pat
             "found adalora under parallel.strategy zero2, expected ddp",
         ),
         ({"adapter__type": "dora", "parallel__strategy": "zero3"}, "found dora under parallel.strategy zero3"),
+        (
+            {"adapter__type": "ia3", "loraplus_lr_ratio": 16},
+            "train.loraplus_lr_ratio: found 16 with adapter.type ia3, which has no lora_B",
+        ),
+        (
+            {"model__bnb_4bit_quant_type": "fp4"},
+            "model.bnb_4bit_quant_type, model.bnb_4bit_use_double_quant: found without model.load_in_4bit",
+        ),
         ({"adapter__type": "adalora", "adapter__tinit": 8}, "found 8 and 0 in a run of 8 steps"),
     ],
 )
@@ -119,6 +143,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tiny_base, tiny_te
         ("dora", "zero2"),
         ("ia3", "zero3"),
         ("pissa", "fsdp2"),
+        ("pissa", "zero1"),
         ("pissa", "zero2"),
         ("pissa", "zero3"),
     ],

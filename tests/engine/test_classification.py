@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from lora_dist.arguments import ClassifyArgs, MergeArgs
 from lora_dist.engine.classify import Classifier
 from lora_dist.engine.merge import merge
+from lora_dist.log import UserError
 from lora_dist.parallel import World
 from tests.classes import encoder_base, sentences, word_tokenizer, write_sentences
 from tests.engine.test_train import refused, train
@@ -112,7 +113,40 @@ def test_what_cannot_be_is_refused(base, data, common, tmp_path):
     said = refused(base, data, tmp_path / "b", **common, class_weights="1,2,3")
     assert "train.class_weights: found 3 numbers, expected 2" in said
     said = refused(base, data, tmp_path / "c", **common, data__label_column="stars")
-    assert "stars: missing" in said
+    assert "data.label_column: found no column stars in the train split" in said
+    said = refused(base, data, tmp_path / "d", **{**common, "adapter__target_modules": "query,classifier"})
+    assert "adapter.target_modules: classifier match no linear of this model, expected some of dense, key, query, value" in said
+    assert "all-linear (trained whole anyway: classifier)" in said
+
+
+def test_ia3_merges_beside_a_pooler_that_was_trained_whole(data, common, tmp_path):
+    bare = encoder_base(tmp_path / "bare")
+    ia3 = {**common, "adapter__type": "ia3", "model__num_labels": 2, "learning_rate": 0.1}
+    ia3.pop("adapter__lora_dropout", None)
+    train(bare, data, tmp_path / "out", **ia3, max_steps=3, load_best_model_at_end=False)
+    report = merge(MergeArgs(str(bare), str(tmp_path / "out"), str(tmp_path / "merged")), World())
+    assert report.zero_tiles > 0 and report.logits_error_fp32 < 1e-5
+    saved, merged = (
+        load_file(tmp_path / "out" / "adapter_model.safetensors"),
+        load_file(tmp_path / "merged" / "model.safetensors"),
+    )
+    for name in ("classifier.weight", "bert.pooler.dense.weight"):
+        assert torch.equal(saved[f"base_model.model.{name}"], merged[name])
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    answers = Classifier(ClassifyArgs(str(bare), str(tmp_path / "out")), World()).answer(
+        [(r["sentence"], None) for r in sentences(8, 2)]
+    )
+    expected = _logits(plain, sentences(8, 2)).softmax(-1).max(-1).values.tolist()
+    assert [a.confidence for a in answers] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_classifier_neither_generates_nor_has_a_perplexity(base):
+    from lora_dist.cli.eval import main as evaluate
+    from lora_dist.cli.generate import main as generate
+
+    for verb, options in ((generate, ["--prompt=film"]), (evaluate, ["--dataset_name=text.txt"])):
+        with pytest.raises(UserError, match="is a classifier, expected a causal language model; lora-dist classify"):
+            verb([str(base), *options])
 
 
 def test_a_merged_classifier_keeps_its_zeros_and_answers_as_its_adapter(base, data, common, tmp_path):

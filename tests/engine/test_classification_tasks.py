@@ -14,16 +14,24 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_dist.adapter import merge_adapter
 from lora_dist.arguments import ClassifyArgs, ExportArgs, MergeArgs
+from lora_dist.cli import train as train_verb
+from lora_dist.cli.options import parse
 from lora_dist.cli.push import main as push
-from lora_dist.data.classification import GLUE, ClassEncoder
+from lora_dist.config import RunConfig
+from lora_dist.data.classification import ClassEncoder, find_labels
+from lora_dist.data.glue import GLUE
 from lora_dist.engine.classify import Classifier
+from lora_dist.engine.data import data_kind, head_for, run_data
 from lora_dist.engine.export import export
 from lora_dist.engine.merge import merge
 from lora_dist.engine.open_model import open_model
+from lora_dist.log import UserError
+from lora_dist.models.loading import load_base
+from lora_dist.monitor.console import Console
 from lora_dist.parallel import World
 from tests.classes import encoder_base, sentences, word_tokenizer, write_sentences
 from tests.engine.test_train import refused, train
-from tests.runs import losses, records
+from tests.runs import losses, options, records
 
 COMMON: dict[str, Any] = {
     "model__task_type": "SEQ_CLS",
@@ -121,13 +129,12 @@ def test_metrics_of_a_subset_are_scipys_and_scikit_learns(subset, tmp_path):
     """Of the adapter that the run ends with, from the logits that transformers makes of it."""
     base = encoder_base(tmp_path / "base")
     training, held = _write(tmp_path / "data", 1 if subset == "stsb" else 2)
-    options = {**COMMON, "data__dataset_config_name": subset, "max_steps": 6, "load_best_model_at_end": False}
+    values = {**COMMON, "data__dataset_config_name": subset, "max_steps": 6, "load_best_model_at_end": False}
     if subset == "cola":  # as GLUE keeps it: no header, four columns
         for name, rows in (("train", training), ("dev", held)):
             lines = [f"gj04\t{r['label']}\t*\t{r['sentence1']}\n" for r in rows]
             (tmp_path / "data" / f"{name}.tsv").write_text("".join(lines))
-        options["data__column_names"] = "source,label,mark,sentence"
-    train(base, tmp_path / "data", tmp_path / "run", **options)
+    train(base, tmp_path / "data", tmp_path / "run", **values)
     final = records(tmp_path / "run", "final")[0]
     merged = merge_adapter(open_model(str(base), str(tmp_path / "run"), world=World()).model)
     if subset == "cola":
@@ -163,6 +170,77 @@ def test_a_base_of_another_number_of_labels_gets_a_new_head_and_says_so(base, tm
     assert "⚠️  model.num_labels: the base has a head of 2 labels, 3 are asked for: it gets a new one" in told
     said = refused(base, tmp_path / "data", tmp_path / "two", **{**three, "model__num_labels": 2})
     assert "model.num_labels: found 2, but data.label_column label has the label 2, expected 3 classes or more" in said
+
+
+OWN_FILES = {  # header (cola has none) and a row of each label, as GLUE's own archives have them
+    "cola": ("", ["gj04\t1\t\tthe film was fine", "gj04\t0\t*\tfilm the was"]),
+    "mrpc": ("Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n", ["1\t7\t8\tfine\twarm", "0\t7\t8\tfine\tdull"]),
+    "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n", ["1\t2\t3\tfine\twarm\t1", "1\t2\t3\tfine\tdull\t0"]),
+    "stsb": ("index\tgenre\tsentence1\tsentence2\tscore\n", ["0\tx\tfine\twarm\t4.5", "1\tx\tfine\tdull\t0.2"]),
+    "mnli": (
+        "index\tsentence1\tsentence2\tlabel1\tgold_label\n",
+        ["0\tfine\twarm\tneutral\tneutral", "1\tfine\tdull\tx\tcontradiction", "2\tfine\tfilm\tx\tentailment"],
+    ),
+    "sst2": ("sentence\tlabel\n", ["fine film\t1", "dull film\t0"]),
+}
+
+
+@pytest.mark.parametrize("subset", OWN_FILES)
+def test_glues_own_files_need_no_columns_by_hand(subset, base, tmp_path):
+    header, rows = OWN_FILES[subset]
+    (tmp_path / "data").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "data" / f"{split}.tsv").write_text(header + "\n".join(rows) + "\n")
+    values = options(base, tmp_path / "data", tmp_path / "run", **COMMON, data__dataset_config_name=subset)
+    config = parse(RunConfig, values, train_verb.VERB)
+    console, world = Console(), World()
+    assert data_kind(config, world) == "classification"
+    loaded = load_base(str(base), head=head_for(config))
+    found = run_data(config, world, console, loaded, "classification")
+    assert len(found.train) == len(found.evaluation) == len(rows)
+    targets = sorted(found.train.targets_N.tolist())
+    assert targets == (pytest.approx([0.2, 4.5]) if subset == "stsb" else list(range(len(rows))))
+
+
+def test_what_the_files_do_not_have_is_told_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.tsv").write_text("text\ty\nfine film\tgood\ndull film\tbad\n")
+    (tmp_path / "dev.tsv").write_text("text\ty\nfine film\tgood\ndull film\tgreat\n")
+    columns = {"data__text_column": "text", "data__label_column": "y", "model__num_labels": 2}
+    nowhere = tmp_path / "no-model"
+    said = refused(nowhere, tmp_path / "data", tmp_path / "run", **COMMON, data__text_pair_column="other", model__num_labels=2)
+    assert said.splitlines() == [
+        f"{key}: found no column {name} in the train split of {tmp_path}/data, expected one of its columns: text, y (files without a "
+        "header: data.column_names names their columns)"
+        for key, name in (("data.text_column", "sentence"), ("data.text_pair_column", "other"), ("data.label_column", "label"))
+    ]
+    said = refused(nowhere, tmp_path / "data", tmp_path / "run", **COMMON, **columns, data__dataset_config_name="sst3")
+    assert "data.dataset_config_name: found sst3 with" in said and "expected one of GLUE's subsets: cola, sst2" in said
+    for labels, change, words in (
+        (2, {"class_weights": "1,2,3"}, "train.class_weights: found 3 numbers, expected 2, one a label"),
+        (1, {"class_weights": "balanced"}, "train.class_weights: found balanced, but a number is predicted, expected none"),
+        (2, {"metric_for_best_model": "pearson"}, "found pearson with 2 labels, expected eval_loss or one of accuracy, f1"),
+        (1, {"metric_for_best_model": "f1"}, "found f1 with 1 labels, expected eval_loss or one of pearson, spearmanr"),
+    ):
+        asked = {**columns, "model__num_labels": labels, **change}
+        assert words in refused(nowhere, tmp_path / "data", tmp_path / "run", **COMMON, **asked)
+    base = encoder_base(tmp_path / "base")
+    said = refused(base, tmp_path / "data", tmp_path / "run", **COMMON, **columns, data__validation_file=tmp_path / "dev.tsv")
+    assert "the validation split has a label that is none of bad, good (great), expected the labels of the train split" in said
+
+
+def test_numbers_that_are_no_labels_are_told_how_to_predict_them():
+    with pytest.raises(UserError, match=r"4 labels \(0.2, 1.5, 3, 4\), expected as many classes, or 1 to predict a number"):
+        find_labels(["1.5", "0.2", "4", "3"], GLUE["sst2"], 2)
+    with pytest.raises(UserError, match="expected as many classes$"):
+        find_labels(["a", "b", "3"], GLUE["sst2"], 2)
+
+
+def test_a_label_that_no_example_has_is_told(base, tmp_path):
+    (tmp_path / "data.tsv").write_text("sentence\tlabel\n" + "fine film\t1\n" * 8)
+    train(base, tmp_path / "data.tsv", tmp_path / "run", **COMMON, max_steps=1, eval_strategy="no", save_strategy="no")
+    told = (tmp_path / "run" / "train.log").read_text()
+    assert "⚠️  data.label_column: no example to train on has the label LABEL_0: the model will not learn it" in told
 
 
 @pytest.mark.long

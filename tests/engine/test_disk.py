@@ -43,6 +43,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_keeps_the_checkpoin
     assert not list(out.glob(".saving-*"))
 
 
+@pytest.mark.long
 def test_a_read_only_place_is_refused_before_anything_is_loaded(small_disk, tiny_base, tiny_text, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     done = run(1, "train", *options(tiny_base, tiny_text, small_disk / "out", max_steps=1), check=False)
@@ -67,6 +68,6 @@ def test_out_of_memory_ends_in_advice_instead_of_a_traceback(tiny_base, tiny_tex
         [sys.executable, "-c", code, "train", *values], capture_output=True, text=True, cwd=ROOT, env=environment()
     )
     assert done.returncode == 1, done.stderr
-    assert "❌ Out of memory while training" in done.stderr and "Traceback" not in done.stderr
+    assert "❌ Out of memory in the forward pass of step 1 (peak" in done.stderr and "Traceback" not in done.stderr
     assert "--train.per_device_train_batch_size 30000" in done.stderr
     assert "❌ Out of memory" in (tmp_path / "out" / "train.log").read_text()

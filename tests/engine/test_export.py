@@ -79,7 +79,7 @@ def test_the_graph_computes_what_adapter_and_merged_model_do_and_keeps_the_zeros
 
 def test_plain_lora_on_a_pruned_base_is_refused_or_densified(tiny_base, adapters, tmp_path):
     arguments = {"model": str(tiny_base), "adapter": str(adapters / "plain")}
-    with pytest.raises(UserError, match=r"plain LoRA for a base with \d+% pruned weights.*--densify"):
+    with pytest.raises(UserError, match=r"unmasked update for a base with \d+% pruned weights.*--densify"):
         export(ExportArgs(**arguments, out=str(tmp_path / "no")))
     assert not (tmp_path / "no").exists()
 

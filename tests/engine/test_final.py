@@ -8,20 +8,21 @@ from typing import Any
 
 import pytest
 
-from lora_dist.config import DataArgs, ModelArgs, RunConfig
+from lora_dist.config import AdapterArgs, DataArgs, ModelArgs, RunConfig
 from lora_dist.engine.final import next_steps
 
 
 @pytest.mark.parametrize(
-    "pattern,of_the_base,label,end",
+    "kind,pattern,of_the_base,label,end",
     [
-        ("some", "some", "2. Merge it, pattern kept:", ""),
-        (None, None, "2. Merge it:", ""),
-        (None, "some", "2. Merge it:", " --densify   (plain LoRA: the pattern is lost)"),
+        ("lora", "some", "some", "2. Merge it, pattern kept:", ""),
+        ("lora", None, None, "2. Merge it:", ""),
+        ("lora", None, "some", "2. Merge it:", " --densify   (unmasked: the pattern is lost)"),
+        ("ia3", None, "some", "2. Merge it, pattern kept:", ""),
     ],
 )
-def test_a_pattern_is_kept_where_there_is_one(pattern, of_the_base, label, end):
-    config = RunConfig(model=ModelArgs("base"), data=DataArgs("d.txt"))
+def test_a_pattern_is_kept_where_there_is_one(kind, pattern, of_the_base, label, end):
+    config = RunConfig(model=ModelArgs("base"), data=DataArgs("d.txt"), adapter=AdapterArgs(type=kind))
     parts: Any = SimpleNamespace(
         config=config, output_dir=Path("run"), pattern=pattern, guard=SimpleNamespace(pattern=of_the_base)
     )

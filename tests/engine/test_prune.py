@@ -107,6 +107,65 @@ def test_own_windows(tmp_path: Path, text: Path) -> None:
     assert result.calibration_digest == hashlib.sha256(windows_NL.numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_reconstruction_of_a_half_precision_model(
+    tmp_path: Path, text: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read back: pruned tiles exactly zero, kept weights moved, in the stored precision, and the errors in report and table."""
+    dense = _dense(tmp_path / "dense", kind, dtype=torch.bfloat16)
+    result = _prune(tmp_path, text, model=str(dense), reconstruct=True, score="obs", damping=0.02)
+    model = AutoModelForCausalLM.from_pretrained(result.out, dtype="auto")
+    before = AutoModelForCausalLM.from_pretrained(dense, dtype="auto")
+    report = json.loads((result.out / "pruning.json").read_text())["reconstruction"]
+    assert report["damping"] == 0.02
+    for linear, old in zip(prunable_linears(model), prunable_linears(before), strict=True):
+        kept_OI = result.pattern[linear.name].expand()
+        assert linear.weight_OI.dtype == torch.bfloat16
+        assert not linear.weight_OI[~kept_OI].view(torch.int16).any()
+        assert not torch.equal(linear.weight_OI[kept_OI], old.weight_OI[kept_OI])
+        assert 0 < report["linears"][linear.name]["error_after"] < report["linears"][linear.name]["error_before"]
+    table = capsys.readouterr().out.split("kept weights as they were > solved\n")[1].splitlines()
+    first = next(iter(report["linears"].values()))
+    assert f"{first['error_before']:.3f} > {first['error_after']:.3f}" in table[1]
+    assert len({len(line) for line in table[:3]}) == 1
+
+
+def test_a_budget_for_the_whole_model(tmp_path: Path, text: Path) -> None:
+    result = _prune(tmp_path, text, model=str(_dense(tmp_path / "dense")), select="global", score="magnitude", sparsity=0.4)
+    assert result.pruned_tiles == math.floor(0.4 * result.tiles)
+    shares = {round(1 - mask.kept_elements() / (mask.shape[0] * mask.shape[1]), 3) for mask in result.pattern.values()}
+    assert len(shares) > 3
+    damages = json.loads((result.out / "pruning.json").read_text())["damages"]
+    assert damages.keys() == set(result.pattern) and all(0 < damage < 1 for damage in damages.values())
+
+
+@pytest.mark.parametrize("stored_mask", [True, False])
+def test_a_given_pattern_is_kept_and_reconstructed_from_the_dense_model(tmp_path: Path, text: Path, stored_mask: bool) -> None:
+    dense = str(_dense(tmp_path / "dense"))
+    pruned = _prune(tmp_path, text, model=dense, out=str(tmp_path / "pruned"), score="magnitude", sparsity=0.3)
+    if not stored_mask:
+        (pruned.out / "block_mask.safetensors").unlink()
+    result = _prune(tmp_path, text, model=dense, from_pruned=str(pruned.out))
+    assert result.pattern.digest == pruned.pattern.digest
+    assert all(one.error_after < one.error_before for one in result.reconstructions.values())
+    weights = [load_file(folder / "model.safetensors") for folder in (tmp_path / "dense", result.out)]
+    name = "model.layers.0.self_attn.q_proj.weight"
+    kept_OI = result.pattern[name.removesuffix(".weight")].expand()
+    assert not torch.equal(weights[0][name][kept_OI], weights[1][name][kept_OI])
+    assert not weights[1][name][~kept_OI].any()
+
+
+def test_patterns_of_other_models_and_none(tmp_path: Path, text: Path) -> None:
+    dense = str(_dense(tmp_path / "dense"))
+    other = _prune(tmp_path, text, model=str(_dense(tmp_path / "gpt2", "gpt2")), out=str(tmp_path / "other"), score="random")
+    (line,) = _refused(tmp_path, text, model=dense, from_pruned=str(other.out))
+    assert "layer transformer.h.0.attn.c_attn has a mask of (96, 32), the model has no such linear" in line
+    (line,) = _refused(tmp_path, text, model=dense, from_pruned=dense)
+    assert line == f"from_pruned: {dense} has no pattern: no mask file, and no 8x8 tiles of zeros (block)"
+    (line,) = _refused(tmp_path, text, model=dense, from_pruned=str(tmp_path / "gone"))
+    assert line.startswith("from_pruned: found no directory")
+
+
 @pytest.mark.parametrize("score", ["magnitude", "random"])
 def test_scores_without_text_read_none(tmp_path: Path, score: str) -> None:
     result = _prune(tmp_path, tmp_path / "there is no such file.txt", model=str(_dense(tmp_path / "dense")), score=score)
@@ -172,6 +231,15 @@ def test_all_bad_options_are_reported_together(tmp_path: Path, text: Path) -> No
     problems = _refused(tmp_path, text, sparsity=1.0, block=0, nsamples=0, seqlen=1, seed=-1)
     assert [line.split(":")[0] for line in problems] == ["MODEL", "sparsity", "block", "nsamples", "seqlen", "seed"]
     assert problems[1] == "sparsity: found 1.0, expected a number from 0 up to but not including 1"
+    problems = _refused(tmp_path, text, model="m", score="obs", damping=-1.0)
+    assert problems == [
+        "damping: found -1.0, expected a number from 0",
+        "score: found obs without reconstruct, expected --reconstruct: it counts on kept weights that make up for what goes",
+    ]
+    (problem,) = _refused(tmp_path, text, model="m", score="obs", damping=0.0, reconstruct=True)
+    assert problem.startswith("damping: found 0 with score obs, expected more than 0")
+    (problem,) = _refused(tmp_path, text, model="m", score="magnitude", reconstruct=True, calibration="")
+    assert problem.startswith("calibration: found nothing")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

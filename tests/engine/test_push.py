@@ -134,3 +134,27 @@ def test_a_card_of_ones_own_is_kept(pushed, tmp_path):
     (tmp_path / "m" / "merge.json").write_text("{")
     with pytest.raises(UserError, match=r"merge.json cannot be read"):
         plan_push(PushArgs(folder=str(tmp_path / "m"), hub_model_id="lab/tiny"))
+
+
+@pytest.mark.parametrize(
+    ("config", "called"),
+    [
+        ({"peft_type": "BLOCK_LORA", "use_dora": True}, "A DoRA adapter for `base`"),
+        ({"peft_type": "BLOCK_ADALORA"}, "An AdaLoRA adapter for `base`"),
+        ({"peft_type": "IA3"}, "An IA3 adapter for `base`"),
+    ],
+)
+def test_a_card_names_the_adapter_how_the_base_was_held_and_the_labels(config, called, tiny_base, tmp_path):
+    """IA3's files are PEFT's own: nothing else is to be imported for them."""
+    named = {"base_model_name_or_path": "base", "task_type": "SEQ_CLS", **config}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named))
+    (tmp_path / "base_quantization.json").write_text(json.dumps({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}))
+    labels = {"num_labels": 3, "id2label": {"0": "a", "1": "b", "2": "c"}, "problem_type": None}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    Pattern.load(tiny_base).save(tmp_path)
+    (tmp_path / "training_log.txt").write_text("of scripts/train_lora_basic.py, with paths of this machine")
+    files = plan_push(PushArgs(folder=str(tmp_path), hub_model_id="lab/tiny")).files
+    assert "training_log.txt" not in files
+    text = card(files["README.md"])[1]
+    assert called in text and "| base in training | quantised, NF4" in text and "num_labels=3)" in text
+    assert ("import lora_dist" in text) == (config["peft_type"] != "IA3")

@@ -144,7 +144,7 @@ def test_a_folder_that_becomes_read_only_for_a_while(undisturbed, tiny_base, tin
     assert_whole(out)
 
 
-@pytest.mark.parametrize("how", ["removed", "moved"])
+@pytest.mark.parametrize("how", ["removed", pytest.param("moved", marks=pytest.mark.long)])
 def test_a_folder_that_is_gone(how, undisturbed, tiny_base, tiny_text, tmp_path):
     """After the best step: its adapter is in the new folder again, and is what the run ends with."""
     out, log = tmp_path / "out", tmp_path / "console"

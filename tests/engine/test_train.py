@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lora_dist.engine.train as engine
 from lora_dist.cli import train as train_verb
 from lora_dist.cli.options import parse
 from lora_dist.config import RunConfig
 from lora_dist.engine.checkpoint import list_checkpoints
+from lora_dist.engine.train import train as engine_train
 from lora_dist.log import GuardError, UserError
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, records
 
@@ -111,6 +114,32 @@ def test_gradient_checkpointing_changes_nothing(tiny_base, tiny_text, tmp_path, 
     train(tiny_base, tiny_text, tmp_path / "b", **quick, gradient_checkpointing=True)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-6)
     assert largest_relative_difference(adapter(tmp_path / "a"), adapter(tmp_path / "b")) < 1e-5
+
+
+def test_only_the_first_layers_are_recomputed(tiny_base, tiny_text, tmp_path, quick, monkeypatch, capfd):
+    """As many as asked for; `auto`: none where all fits, refused where nothing does."""
+    calls: list[int] = []
+
+    def look(parts):
+        for i, layer in enumerate(parts.base.model.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda module, inputs, i=i: calls.append(i) if module.training else None)
+
+    changes = {**quick, "max_steps": 1, "eval_strategy": "no", "gradient_checkpointing": True}
+    counts = []
+    for layers in ("1", "auto"):
+        values = options(tiny_base, tiny_text, tmp_path / layers, **changes, gradient_checkpointing_layers=layers)
+        monkeypatch.setattr(engine, "train", partial(engine_train, look=look))
+        calls.clear()
+        train_verb.main(values)
+        counts.append([calls.count(i) for i in range(2)])
+        told = "the first 1 of 2 layers" if layers == "1" else "the first 0 of 2 layers"
+        assert f"gradient checkpointing: {told} are computed again" in capfd.readouterr().out
+    assert counts == [[2, 1], [1, 1]]
+    monkeypatch.setattr("lora_dist.engine.memory.memory_gib", lambda device: 0.5)
+    found = refused(tiny_base, tiny_text, tmp_path / "none", **changes, gradient_checkpointing_layers="auto")
+    assert "train.gradient_checkpointing_layers: found auto, but by the plan all layers are too few for 0.5 GiB" in found
+    found = refused(tiny_base, tiny_text, tmp_path / "none", **quick, gradient_checkpointing_layers="3")
+    assert "expected all, auto or a number, with train.gradient_checkpointing true" in found
 
 
 @pytest.mark.parametrize("form", ["factorised", "dense"])

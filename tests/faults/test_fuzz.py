@@ -1,4 +1,4 @@
-"""The kill fuzzer's short version (`make test-long` has a dozen kills, `make fuzz` 200), and that its judgements can fail."""
+"""The kill fuzzer (`make test-long` has a dozen kills, `make fuzz` 200), and that its judgements can fail."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def test_a_dozen_kills_lose_nothing(tmp_path):
     check_fuzz(tmp_path / "out", kills=12, inside_save=4)
 
 
+@pytest.mark.long
 def test_a_run_equals_itself(completed):
     assert differences(*completed) == []
 
@@ -72,6 +73,7 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("spoil", "complaint"),
     [
@@ -92,6 +94,7 @@ def test_a_difference_is_seen(completed, spoil, complaint):
     assert len(found) == 1 and complaint in found[0], found
 
 
+@pytest.mark.long
 def test_steps_that_stand_twice_or_are_missing_are_seen(completed):
     reference, run = completed
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -100,6 +103,7 @@ def test_steps_that_stand_twice_or_are_missing_are_seen(completed):
     assert "[5] stand twice, [7] are missing" in differences(reference, run)[0]
 
 
+@pytest.mark.long
 def test_damage_by_a_kill_is_seen(completed):
     run = completed[1]
     before = Folder.look(run)
@@ -116,6 +120,7 @@ def test_damage_by_a_kill_is_seen(completed):
     assert f"was of step {before.newest}" in damage(before, Folder.look(run), best_needed=True)[0]
 
 
+@pytest.mark.long
 def test_how_far_a_save_had_come_is_read_off_the_folder(completed):
     run = completed[1]
     before = Folder.look(run)

@@ -14,12 +14,12 @@ from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.padded import PaddedLinear4bit
 from lora_dist.models.quantised import (
     Quantisation,
-    _pack_4bit,
-    _prove,
     _unpacked,
     codes,
     dequantised,
     dequantised_OI,
+    pack_4bit,
+    prove,
     quantised_layers,
 )
 from lora_dist.parallel import World
@@ -68,9 +68,9 @@ def test_any_width_comes_back(width):
 def test_a_device_that_gives_back_other_values_is_noticed():
     weight_OI = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     found_OI = dequantised(weight_OI, Quantisation(4), None)
-    _prove("layer", weight_OI, found_OI, None, Quantisation(4))
+    prove("layer", weight_OI, found_OI, None, Quantisation(4))
     with pytest.raises(GuardError, match="layer layer: bitsandbytes gives back weights that are wrong by up to"):
-        _prove("layer", weight_OI, found_OI.roll(1, 0), None, Quantisation(4))
+        prove("layer", weight_OI, found_OI.roll(1, 0), None, Quantisation(4))
 
 
 @pytest.mark.parametrize("double", [True, False])
@@ -86,7 +86,7 @@ def test_a_code_that_the_device_chose_badly_for_zeros_is_put_right():
     """A block of zeros has no scale: what a device writes for 0 / 0 is its own affair. With a mask, pruned codes are written."""
     weight_OI, mask = pruned_weight((96, 128))
     noisy = weight_OI + 1e-3  # as if the device had made codes of something out of the zeros
-    packed, state = _pack_4bit(noisy, Quantisation(4), torch.uint8, mask)
+    packed, state = pack_4bit(noisy, Quantisation(4), torch.uint8, ~mask.expand())
     zero = int((state.code == 0).nonzero()[0])
     assert bool((_unpacked(packed).view(weight_OI.shape)[~mask.expand()] == zero).all())
     assert bool((bnb.functional.dequantize_4bit(packed, state)[~mask.expand()] == 0).all())
@@ -177,7 +177,7 @@ def test_the_guard_sees_changes_of_packed_data_and_of_scales(base_dir, quantisat
 def test_pieces_of_packed_data_tell_the_zeros_of_their_part(storage, width):
     """As a sharded strategy cuts them: by rows of packed data, which do not end where rows of the weight do."""
     weight_OI, mask = pruned_weight((50, width))
-    packed, state = _pack_4bit(weight_OI, Quantisation(4), storage, mask)
+    packed, state = pack_4bit(weight_OI, Quantisation(4), storage, ~mask.expand())
     layer = PaddedLinear4bit(width, 50, bias=False)
     layer.quant_state = state
     parts = torch.chunk(packed, 3)

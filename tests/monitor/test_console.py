@@ -82,6 +82,11 @@ def test_out_of_memory_advice_names_this_runs_own_options():
     )
     assert "--adapter.r 4" in text and "--train.gradient_checkpointing true" in text and "peak 79.0 GiB" in text
     text = out_of_memory(**{**common, "rank": 4}, gradient_checkpointing=True, micro_batch=1)
+    layers = out_of_memory(**common, gradient_checkpointing=True, checkpointing_layers="12", micro_batch=1)
+    assert "--train.gradient_checkpointing_layers all      (now 12)" in layers
+    assert "context 128 -> 64:  --data.block_size 64" in out_of_memory(
+        **{**common, "block_size": 128}, gradient_checkpointing=True, micro_batch=1
+    )
     assert "gradient_checkpointing" not in text and "per_device_train_batch_size" not in text and "--adapter.r" not in text
 
 

@@ -29,7 +29,7 @@ def _layers(model: PreTrainedModel, kind: str) -> tuple[str, nn.ModuleList]:
 def _prune(model: PreTrainedModel, kind: str, windows_NL: Tensor, **settings: object) -> Pattern:
     prefix, layers = _layers(model, kind)
     chosen = PruneSettings(**{"sparsity": 0.5, "block": BLOCK, **settings})  # type: ignore[arg-type]
-    return prune_layers(layers, prefix, chosen, capture(model, layers, windows_NL))
+    return prune_layers(layers, prefix, chosen, capture(model, layers, windows_NL)).pattern
 
 
 def _input_norms(model: PreTrainedModel, linears: list[NamedLinear], windows_NL: Tensor) -> dict[str, Tensor]:

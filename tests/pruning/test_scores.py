@@ -26,6 +26,8 @@ def test_scores_are_sums_over_tiles(shape: tuple[int, int], block: int) -> None:
     torch.testing.assert_close(tile_scores(weight_OI, block).double(), _by_loop(weight_OI.abs(), block), rtol=1e-6, atol=0)
     wanda = _by_loop(weight_OI.abs() * norm_I, block)
     torch.testing.assert_close(tile_scores(weight_OI, block, norm_I).double(), wanda, rtol=1e-6, atol=0)
+    energy = _by_loop((weight_OI * norm_I).square(), block)
+    torch.testing.assert_close(tile_scores(weight_OI, block, norm_I, squared=True).double(), energy, rtol=1e-5, atol=0)
     transposed = weight_OI.T.contiguous().T  # as a Conv1D's weight comes
     torch.testing.assert_close(tile_scores(transposed, block, norm_I).double(), wanda, rtol=1e-6, atol=0)
 

@@ -52,6 +52,8 @@ def test_it_trains_merges_and_counts_as_peft_does():
     assert torch.equal(again(input_ids=ids).logits, results[0])
     with pytest.raises(ValueError, match="does not fit"):
         lora_linear.load_lora_state_dict(again, dict(list(state.items())[1:]))
+    short = lora_linear.apply_lora_to_model(copy.deepcopy(base), target_modules=["query", "value", "dense"], rank=4, alpha=8)
+    assert lora_linear.get_lora_state_dict(short).keys() == state.keys(), "dense is the attention's output"
     with pytest.raises(ValueError, match="match no linear"):
         lora_linear.apply_lora_to_model(bert(), target_modules=["nothing"])
     merged = lora_linear.merge_lora_weights(mine)

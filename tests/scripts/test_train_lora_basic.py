@@ -13,6 +13,7 @@ import train_lora_basic
 import yaml
 from safetensors.torch import load_file
 
+from lora_dist.adapter.collection import add_adapter
 from lora_dist.log import UserError
 from tests.classes import sentences, taught_base, write_sentences
 from tests.runs import losses, records
@@ -128,9 +129,48 @@ def test_files_counts_and_answers(folder, tmp_path, capfd):
     assert f"  Total parameters:     {total - head:>17,}" in text and f"  Trainable parameters: {trained:>17,}" in text
     inference_example.run(["--mode", "text", "--text", "the film was lovely", "--adapter", str(out)])
     inference_example.run(["--mode", "demo", "--adapter", str(out)])
+    add_adapter(tmp_path / "box", "first", out)
+    inference_example.run(["--mode", "text", "--text", "the film was lovely", "--adapter", str(tmp_path / "box")])
     answers = re.findall(r"Prediction: (\S+) \(confidence: (\d+\.\d\d)%\)", capfd.readouterr().out)
-    assert len(answers) == 1 + len(inference_example.EXAMPLES) and answers[0][0] == "LABEL_1"
+    assert len(answers) == 2 + len(inference_example.EXAMPLES) and answers[0][0] == "LABEL_1" and answers[-1] == answers[0]
     assert all(50 <= float(confidence) <= 100 for _, confidence in answers)
+
+
+def test_files_are_there_however_the_run_saves(folder, tmp_path):
+    """Without checkpoints, with the adapter in a folder below, and where the run ends with the last adapter, not the best."""
+
+    def tensors(file: Path) -> dict[str, torch.Tensor]:
+        return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)["lora_state_dict"]
+
+    def equal(a: Path, b: Path) -> bool:
+        first, second = tensors(a), tensors(b)
+        return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+    short = ("--num_epochs", "1", "--train.max_steps", "2", "--train.load_best_model_at_end", "false")
+    out = tmp_path / "unsaved"
+    assert train_lora_basic.run(_options(folder, out, *short, "--train.save_strategy", "no")) == 0
+    assert all(equal(out / f"{name}_lora_model.pt", out / "adapter_model.safetensors") for name in ("best", "final"))
+    out = tmp_path / "below"
+    assert train_lora_basic.run(_options(folder, out, *short, "--train.adapter_subfolder", "adapter")) == 0
+    assert equal(out / "final_lora_model.pt", out / "adapter" / "adapter_model.safetensors")
+    out = tmp_path / "worse"  # what it learns is wrong of the rows it is evaluated on
+    turned = write_sentences(tmp_path / "turned.tsv", [{**row, "label": 1 - row["label"]} for row in sentences(30, 1)])
+    steps = (
+        "--train.max_steps",
+        "4",
+        "--train.eval_strategy",
+        "steps",
+        "--train.eval_steps",
+        "2",
+        "--train.eval_on_start",
+        "false",
+    )
+    chosen = ("--train.warmup_ratio", "0", "--train.metric_for_best_model", "eval_loss", "--data.validation_file", str(turned))
+    assert train_lora_basic.run(_options(folder, out, *short, *steps, *chosen)) == 0
+    assert records(out, "eval")[0]["eval_loss"] < records(out, "eval")[1]["eval_loss"], "the test needs a run that gets worse"
+    assert equal(out / "final_lora_model.pt", out / "adapter_model.safetensors")
+    assert equal(out / "best_lora_model.pt", out / "checkpoint-2" / "adapter" / "adapter_model.safetensors")
+    assert not equal(out / "best_lora_model.pt", out / "final_lora_model.pt")
 
 
 def test_flags_go_before_the_config_and_the_config_before_defaults(folder, monkeypatch):
@@ -166,5 +206,16 @@ def test_unknown_keys_and_contradictions_are_named_together(folder, tmp_path):
     with pytest.raises(UserError) as caught:
         train_lora_basic.to_options(["--config", str(tmp_path / "c.yaml")])
     assert [p.split(" is unknown")[0] for p in caught.value.problems] == ["config: modle_name", "config: lora.rnak"]
+    (tmp_path / "c.yaml").write_text("lora: 8\ntraining: {batch_size: }\n")
+    with pytest.raises(UserError) as caught:
+        train_lora_basic.to_options(["--config", str(tmp_path / "c.yaml")])
+    assert caught.value.problems == [
+        "config: lora holds 8, expected keys and values: rank, alpha, dropout, target_modules",
+        "config: training.batch_size holds nothing, expected a value",
+    ]
+    (tmp_path / "c.yaml").write_text("lora: {target_modules: query}\ndata: {subset: stsb}\n")
+    found = train_lora_basic.to_options(["--config", str(tmp_path / "c.yaml")])
+    assert "--adapter.target_modules=query" in found
+    assert not any("num_labels" in option for option in found), "a number is predicted: the subset says so"
     with pytest.raises(UserError, match='expected --mode text --text "..."'):
         inference_example.run(["--text", "a", "--adapter", str(tmp_path)])

@@ -17,7 +17,7 @@ from lora_dist.operations.plan.rehearse import Rehearsal
 from lora_dist.operations.plan.show import as_json, shortened, table, verdict
 from lora_dist.operations.plan.speed import Rates, measure_rates
 
-__all__ = ["GIB", "Hardware", "Planner", "Rates", "Rehearsal", "run", "what_fits"]
+__all__ = ["GIB", "Hardware", "Planner", "Rates", "Rehearsal", "layers_to_recompute", "run", "what_fits"]
 
 _FLOPS, _BANDWIDTH = 0.4 * 312e12, 50e9
 _OVERHEAD = {True: GIB, False: int(0.7 * GIB)}
@@ -97,3 +97,17 @@ def what_fits(
     rehearsal = _rehearsal(config, cuda)
     planner = Planner(config, rehearsal, hardware, length=rehearsal.length)
     return planner.remedies(planner.configured())
+
+
+def layers_to_recompute(config: RunConfig, *, processes: int, cuda: bool, limit_gib: float) -> tuple[int, float] | None:
+    """How many of the first decoder layers a run has to recompute to fit, and the GiB a rank needs then; None: all are too few.
+
+    Args: as `what_fits`.
+
+    Raises:
+        UserError: the model cannot be planned for.
+    """
+    hardware = Hardware(processes, int(limit_gib * GIB), Rates(_FLOPS, _BANDWIDTH), cuda, _OVERHEAD[cuda])
+    rehearsal = _rehearsal(config, cuda)
+    found = Planner(config, rehearsal, hardware, length=rehearsal.length).fewest_layers()
+    return None if found is None else (found[0], found[1] / GIB)

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 from lora_dist.config import RunConfig
 from lora_dist.operations.plan.memory import GIB, Layout, Memory, Rehearsed, at_peak
-from lora_dist.operations.plan.rehearse import PRECISIONS
+from lora_dist.operations.plan.rehearse import PRECISIONS, compute_dtype
 from lora_dist.operations.plan.speed import Rates, step_time_s
+from lora_dist.operations.plan.teacher import PlannedTeacher
 from lora_dist.operations.plan.traffic import Traffic, traffic
 
 QUANTISED = ("int8", "nf4")
@@ -47,6 +48,14 @@ class Choice:
     accumulation: int
     eval_batch: int
     """0: nothing is evaluated"""
+    layers: int | None = None
+    """how many of the first decoder layers checkpointing recomputes; None: all"""
+
+    def recomputed(self, layers: int) -> float:
+        """Share of so many layers that is computed again."""
+        if not self.checkpointing:
+            return 0.0
+        return 1.0 if self.layers is None else min(1.0, self.layers / layers)
 
 
 @dataclass(frozen=True)
@@ -73,22 +82,25 @@ class Planner:
     def __init__(self, config: RunConfig, rehearsed: Rehearsed, hardware: Hardware, *, length: int):
         self._config, self._rehearsed, self.hardware, self._length = config, rehearsed, hardware, length
         train = config.train
+        live = train.distill_from is not None and train.distill_cache is None
+        self._teacher = PlannedTeacher(config) if live else None
         product = train.per_device_train_batch_size * train.gradient_accumulation_steps * hardware.processes
         self.global_batch = train.global_batch_size or product
 
     def work_out(self, choice: Choice) -> Plan:
         """Its memory, traffic and time."""
         shapes = self._rehearsed.shapes(choice.precision)
+        recomputed = choice.recomputed(shapes.layers)
         memory = at_peak(
             self._rehearsed,
             choice.layout,
             choice.precision,
-            checkpointing=choice.checkpointing,
+            checkpointing=recomputed,
             rows=choice.micro_batch,
             eval_rows=choice.eval_batch,
             overhead=self.hardware.overhead,
         )
-        sent = traffic(shapes, choice.layout, accumulation=choice.accumulation, checkpointing=choice.checkpointing)
+        sent = traffic(shapes, choice.layout, accumulation=choice.accumulation, checkpointing=recomputed)
         time_s = step_time_s(
             shapes,
             choice.layout,
@@ -97,8 +109,13 @@ class Planner:
             self.hardware.rates,
             tokens=choice.micro_batch * choice.accumulation * self._length,
             length=self._length,
-            checkpointing=choice.checkpointing,
+            checkpointing=recomputed,
         )
+        if self._teacher is not None:
+            element_bytes, tokens = compute_dtype(choice.precision).itemsize, choice.micro_batch * self._length
+            memory = replace(memory, teacher=self._teacher.bytes(choice.layout, element_bytes, tokens=tokens))
+            flops = tokens * choice.accumulation * self._teacher.flops_a_token(self._length)
+            time_s += flops / self.hardware.rates.of(choice.precision)
         tokens_per_s = self.global_batch * self._length / time_s
         return Plan(choice, memory, sent, time_s, tokens_per_s, memory.total <= self.hardware.memory)
 
@@ -112,7 +129,13 @@ class Planner:
             offload_param=config.parallel.offload_param == "cpu",
         )
         rows, rounds = self._split(train.per_device_train_batch_size)
-        return Choice(layout, configured_precision(config), train.gradient_checkpointing, rows, rounds, self._eval_batch())
+        layers = train.gradient_checkpointing_layers
+        again = int(layers) if layers.isdigit() else None
+        now = Choice(layout, configured_precision(config), train.gradient_checkpointing, rows, rounds, self._eval_batch(), again)
+        if layers != "auto":
+            return now
+        fewest = self._fewest_layers(now)
+        return replace(now, layers=self._rehearsed.shapes(now.precision).layers if fewest is None else fewest[0])
 
     def all(self) -> list[Plan]:
         """Every choice of strategy, precision and checkpointing, each with the largest micro-batch that fits (1 where none does)."""
@@ -157,11 +180,23 @@ class Planner:
                 found.append((" ".join(flags(changed, now)), total / GIB))
         return found
 
+    def fewest_layers(self) -> tuple[int, int] | None:
+        """Of the configured choice: how many of the first decoder layers have to be recomputed to fit, and bytes a rank then; None: all of them
+        are too few."""
+        return self._fewest_layers(replace(self.configured(), checkpointing=True))
+
+    def _fewest_layers(self, now: Choice) -> tuple[int, int] | None:
+        for layers in range(self._rehearsed.shapes(now.precision).layers + 1):
+            total = self.work_out(replace(now, layers=layers)).memory.total
+            if total <= self.hardware.memory:
+                return layers, total
+        return None
+
     def _changes(self, now: Choice) -> Iterator[Choice]:
         small = replace(now, eval_batch=min(now.eval_batch, 1))
         half = self._with_rows(small, max(1, now.micro_batch // 2))
         one = self._with_rows(small, 1)
-        again = replace(small, checkpointing=True)
+        again = replace(small, checkpointing=True, layers=None)
         steps = [small, half, again, self._with_rows(again, max(1, now.micro_batch // 2)), one, self._with_rows(again, 1)]
         steps += [replace(c, precision="bf16") for c in (small, one, again, self._with_rows(again, 1)) if now.precision == "fp32"]
         least = self._with_rows(again, 1)
@@ -225,9 +260,13 @@ def configured_precision(config: RunConfig) -> str:
 
 def refusal(config: RunConfig, layout: Layout, precision: str) -> str | None:
     """Why training would refuse this combination (`engine/wrap.py` and `engine/adapting.py` say it with the keys to change)."""
-    strategy, kind, train = layout.strategy, config.adapter.type, config.train
+    strategy, kind, train = layout.strategy, config.adapter_kind, config.train
+    if precision in QUANTISED and kind == "sparse_full":
+        return "quantised weights cannot be trained"
     if precision in QUANTISED and (strategy == "zero3" or (strategy == "fsdp2" and precision == "int8")):
         return "a quantised base cannot be cut so"
+    if precision == "int8" and config.model.storage == "blocks":
+        return "int8 has a scale a row, which tiles cut"
     if train.optim != "adamw_torch" and strategy != "ddp":
         return "bitsandbytes' optimizers keep their state whole"
     if train.loraplus_lr_ratio is not None and strategy.startswith("zero"):
@@ -247,6 +286,8 @@ def flags(choice: Choice, now: Choice | None = None) -> list[str]:
                 found.append(f"--parallel.{key} {'cpu' if getattr(layout, key) else 'none'}")
     if now is None or choice.precision != now.precision:
         found += _PRECISION_FLAGS[choice.precision]
+    if now is not None and choice.layers != now.layers:
+        found.append(f"--train.gradient_checkpointing_layers {'all' if choice.layers is None else choice.layers}")
     if now is None or choice.checkpointing != now.checkpointing:
         found.append(f"--train.gradient_checkpointing {str(choice.checkpointing).lower()}")
     if now is None or choice.micro_batch != now.micro_batch or choice.accumulation != now.accumulation:

@@ -48,6 +48,8 @@ class Memory:
     """Bytes of a rank at its peak, on the device unless said otherwise."""
 
     base: int = 0
+    teacher: int = 0
+    """of train.distill_from: its weights, and what it says of a micro-batch"""
     adapter: int = 0
     gradients: int = 0
     optimizer: int = 0
@@ -71,7 +73,7 @@ class Rehearsed(Protocol):
     def shapes(self, precision: str) -> Shapes: ...
 
     def peaks(
-        self, precision: str, *, checkpointing: bool, rows: int, train: bool = True, gather: str = "none", exact: bool = False
+        self, precision: str, *, checkpointing: float, rows: int, train: bool = True, gather: str = "none", exact: bool = False
     ) -> dict[Phase, Peak]: ...
 
 
@@ -137,7 +139,7 @@ def at_peak(
     layout: Layout,
     precision: str,
     *,
-    checkpointing: bool,
+    checkpointing: float,
     rows: int,
     eval_rows: int = 0,
     overhead: int = 0,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_dist.blocks import NamedLinear
+from lora_dist.blocks import BlockMask, Mask, NamedLinear, tile_count
 
 
 class _Product(torch.autograd.Function):
@@ -33,24 +33,26 @@ class _Product(torch.autograd.Function):
 
 
 class QuantisedLinear(nn.Linear):
-    """Stands for bitsandbytes' layers."""
+    """Stands for bitsandbytes' layers, and with the mask of a linear for 4 bits of its kept tiles."""
 
-    def __init__(self, linear: NamedLinear, bits: int):
+    def __init__(self, linear: NamedLinear, bits: int, mask: Mask | None = None):
         with torch.device("meta"):
             O, I = linear.weight_OI.shape
             super().__init__(I, O, bias=False, dtype=linear.weight_OI.dtype)
         self.weight.requires_grad_(False)
         self.register_parameter("bias", linear.module._parameters["bias"])
-        self.bits = bits
+        self.bits, self.mask = bits, mask
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _Product.apply(x, self.weight, self.bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def held_bytes(self, double: bool) -> int:
-        """As `models/quantised.py` packs it: rows filled up to blocks of 64, a scale each."""
+        """As `models/quantised.py` packs it: rows filled up to blocks of 64, or tiles, a scale each block."""
         O, I = self.out_features, self.in_features
         if self.bits == 8:
             return O * I + 4 * O
         padded = O * (-(-I // 64) * 64)
+        if isinstance(self.mask, BlockMask) and not self.mask.keeps_all:
+            padded = tile_count(self.mask) * self.mask.block**2
         return padded // 2 + math.ceil(padded // 64 * (1 + 4 / 256 if double else 4))

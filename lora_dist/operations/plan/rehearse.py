@@ -22,16 +22,19 @@ from lora_dist.adapter.layer import factorised_is_cheaper
 from lora_dist.blocks import BlockMask, NamedLinear, Pattern, grid
 from lora_dist.config import RunConfig
 from lora_dist.models.architecture import decoder_layers, prunable_linears, shard_units
+from lora_dist.models.block_storage import put_tiles
 from lora_dist.models.blueprint import Blueprint, read_blueprint
+from lora_dist.models.chunked import CHUNK_BYTES, chunked_head, put_chunked_head
 from lora_dist.models.loss import causal_loss_sum, class_losses
 from lora_dist.operations.plan.quantised import QuantisedLinear
-from lora_dist.operations.plan.trace import DeviceKernels, Peak, Phase, trace
+from lora_dist.operations.plan.trace import DeviceKernels, Peak, Phase, gives_out_as_computed, trace
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8", "nf4")
 """what the base is held in; int8 and nf4 compute in bf16"""
 _QUANTISED_BITS = {"int8": 8, "nf4": 4}
 _TRACED_LAYERS = 1
 _TRACED_ROWS = (2, 4)
+_ONE_CHUNK = 2**62
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -155,21 +158,39 @@ class Rehearsal:
         return model, shapes
 
     def peaks(
-        self, precision: str, *, checkpointing: bool, rows: int, train: bool = True, gather: str = "none", exact: bool = False
+        self, precision: str, *, checkpointing: float, rows: int, train: bool = True, gather: str = "none", exact: bool = False
     ) -> dict[Phase, Peak]:
         """Peak bytes of a micro-batch (train) or of a batch of an evaluation, by phase.
 
         Args:
             precision: one of `PRECISIONS`.
+            checkpointing: share of the layers, the first ones, that is computed again.
             gather: what a sharded strategy makes whole at a time: none, units (fsdp2) or leaves (zero3).
             exact: with so many rows; else by a line through two numbers of rows, which is high by some MiB for a single one.
         """
         kind = "bf16" if precision == "fp16" else precision
+        if train and 0 < checkpointing < 1:
+            # What the layers keep is all there when the backward pass begins, and the layers are alike: a line, which all but the last end.
+            layers = self.blueprint.layers
+            none, all_ = (self.peaks(precision, checkpointing=on, rows=rows, gather=gather, exact=exact) for on in (0, 1))
+            share = min(1.0, checkpointing * layers / max(1, layers - 1))
+            return {phase: _extended(none[phase], all_[phase], share) for phase in none}
         if exact or rows in _TRACED_ROWS:
-            return self._exact(kind, checkpointing and train, rows, train, gather)
-        few, more = (self._exact(kind, checkpointing and train, n, train, gather) for n in _TRACED_ROWS)
-        between = _TRACED_ROWS[1] - _TRACED_ROWS[0]
-        return {phase: _extended(few[phase], more[phase], (rows - _TRACED_ROWS[0]) / between) for phase in few}
+            peaks = self._exact(kind, bool(checkpointing) and train, rows, train, gather)
+        else:
+            few, more = (self._exact(kind, bool(checkpointing) and train, n, train, gather) for n in _TRACED_ROWS)
+            between = _TRACED_ROWS[1] - _TRACED_ROWS[0]
+            peaks = {phase: _extended(few[phase], more[phase], (rows - _TRACED_ROWS[0]) / between) for phase in few}
+        return {phase: self._in_chunks(kind, peak, rows) for phase, peak in peaks.items()}
+
+    def _in_chunks(self, kind: str, peak: Peak, rows: int) -> Peak:
+        """What was traced with the logits of all tokens as one chunk, with chunks as they are."""
+        head = chunked_head(self._model(kind, _TRACED_LAYERS if self.blueprint.shortable else None))
+        if head is None or not head.chunked:
+            return peak
+        chunk_rows = CHUNK_BYTES["cuda" if self._cuda else "cpu"] // (4 * self.blueprint.vocabulary)
+        logits = round(peak.logits * min(1.0, max(1, chunk_rows) / (rows * (self.length - 1))))
+        return Peak(peak.total - peak.logits + logits, logits, peak.gathered)
 
     def _exact(self, precision: str, checkpointing: bool, rows: int, train: bool, gather: str) -> dict[Phase, Peak]:
         """Where all layers are alike, traced with one and with two."""
@@ -226,18 +247,27 @@ class Rehearsal:
             base = self.blueprint.build(compute_dtype(kind), layers=layers)
             linears = prunable_linears(base)
             pattern = self._pattern(linears)
+            tiles = self._masks(linears) if self._config.model.storage == "blocks" else {}
+            if isinstance(tiles, Pattern) and kind not in _QUANTISED_BITS:
+                put_tiles(base, linears, tiles)
             if kind in _QUANTISED_BITS:
                 for linear in linears:
-                    base.set_submodule(linear.name, QuantisedLinear(linear, _QUANTISED_BITS[kind]))
+                    layer = QuantisedLinear(linear, _QUANTISED_BITS[kind], tiles.get(linear.name))
+                    base.set_submodule(linear.name, layer)
+            if self.blueprint.head is None and self._config.train.cross_entropy != "logits":
+                put_chunked_head(base)
             model = _with_adapter(self._config, self.blueprint, base, pattern, [linear.name for linear in linears])
-            _choose_forms(model, compute_dtype(kind), "cuda" if self._cuda else "cpu")
+            device_type = "cuda" if self._cuda else "cpu"
+            _choose_forms(model, compute_dtype(kind), device_type)
+            _choose_cross_entropy(model, device_type)
             self._models[key] = model
         return self._models[key]
 
     def _pattern(self, linears: list[NamedLinear]) -> Pattern | None:
         """The base's own mask where it lies beside the configuration, else one of half of the tiles, which costs as much as any."""
-        if self._config.adapter.mask == "none":
-            return None
+        return None if self._config.adapter.mask == "none" else self._masks(linears)
+
+    def _masks(self, linears: list[NamedLinear]) -> Pattern:
         stored: Mapping[str, Any] = self.blueprint.pattern or {}
         block = self._config.adapter.block
         return Pattern({linear.name: stored.get(linear.name) or _half(linear, block) for linear in linears})
@@ -264,9 +294,11 @@ def _with_adapter(config: RunConfig, blueprint: Blueprint, base: Any, pattern: P
         target_modules=targets,
         use_rslora=args.use_rslora,
         form=args.form,
-        adapter_type=args.type,
+        adapter_type=config.adapter_kind,
         adalora=args.adalora,
         feedforward_modules=args.feedforward_modules,
+        whole_modules=args.modules_to_save,
+        bias=args.bias,
         **task,
     )
     if heads:
@@ -275,7 +307,9 @@ def _with_adapter(config: RunConfig, blueprint: Blueprint, base: Any, pattern: P
 
 
 def _choose_forms(model: Any, dtype: torch.dtype, device_type: str) -> None:
-    """Which form of the masked product `auto` takes depends on the device that is planned for, not on the meta device."""
+    """Which form of the masked product `auto` takes in 16 bits depends on the device that is planned for, not on the meta device."""
+    if dtype == torch.float32:
+        return
     for layer in model.modules():
         if not isinstance(layer, BlockLoraLinear):
             continue
@@ -284,6 +318,15 @@ def _choose_forms(model: Any, dtype: torch.dtype, device_type: str) -> None:
             if form == "auto" and isinstance(mask, BlockMask):
                 cheaper = factorised_is_cheaper(mask.shape, mask.block, layer.r[name], dtype, device_type)
                 layer.lora_form[name] = "factorised" if cheaper else "dense"
+
+
+def _choose_cross_entropy(model: Any, device_type: str) -> None:
+    """By chunks where a run would: where the model gives out what its head computed, as it is."""
+    head = chunked_head(model)
+    if head is None:
+        return
+    head.chunk_bytes = _ONE_CHUNK
+    head.chunked = gives_out_as_computed(model, head, DeviceKernels(device_type == "cuda"))
 
 
 def _set_checkpointing(model: Any, on: bool, kernels: Callable[[], DeviceKernels]) -> None:

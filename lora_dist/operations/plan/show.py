@@ -11,37 +11,31 @@ from lora_dist.operations.plan.choice import Choice, Plan, Planner, flags
 from lora_dist.operations.plan.memory import GIB, Memory
 
 _PARTS = [f.name for f in fields(Memory) if f.name != "host"]
-_HEADS = (
-    "strategy",
-    "precision",
-    "checkp.",
-    "batch x acc.",
-    *_PARTS,
-    "total GiB",
-    "host GiB",
-    "sent GiB/step",
-    "tokens/s",
-    "fits",
+_CHOICE, _SUMS = (
+    ("strategy", "precision", "checkp.", "batch x acc."),
+    ("total GiB", "host GiB", "sent GiB/step", "tokens/s", "fits"),
 )
 
 
 def table(plans: Sequence[Plan]) -> str:
     """Rows of a Markdown table, its columns aligned; sizes in GiB a rank."""
-    rows = [_HEADS, *(_row(plan) for plan in plans)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADS))]
+    parts = [part for part in _PARTS if part != "teacher" or any(plan.memory.teacher for plan in plans)]
+    heads = (*_CHOICE, *parts, *_SUMS)
+    rows = [heads, *(_row(plan, parts) for plan in plans)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
-def _row(plan: Plan) -> tuple[str, ...]:
+def _row(plan: Plan, parts: Sequence[str]) -> tuple[str, ...]:
     choice, memory = plan.choice, plan.memory
     return (
         choice.layout.name,
         choice.precision,
-        "yes" if choice.checkpointing else "no",
+        _checkpointing(choice, "yes"),
         f"{choice.micro_batch} x {choice.accumulation}",
-        *(_gib(getattr(memory, part)) for part in _PARTS),
+        *(_gib(getattr(memory, part)) for part in parts),
         _gib(memory.total),
         _gib(memory.host),
         _gib(plan.sent.network),
@@ -125,10 +119,16 @@ def _what_else(planner: Planner, nearest: Plan) -> list[str]:
     return lines
 
 
+def _checkpointing(choice: Choice, yes: str) -> str:
+    if not choice.checkpointing:
+        return "no" if yes == "yes" else "off"
+    return yes if choice.layers is None else f"{choice.layers} layers"
+
+
 def _described(plan: Plan) -> str:
     choice = plan.choice
     return (
-        f"{choice.layout.name}, {choice.precision}, {'with' if choice.checkpointing else 'without'} checkpointing, "
+        f"{choice.layout.name}, {choice.precision}, checkpointing {_checkpointing(choice, 'on')}, "
         f"micro-batch {choice.micro_batch} x {choice.accumulation}"
     )
 

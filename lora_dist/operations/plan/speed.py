@@ -40,13 +40,17 @@ class Rates:
         return self.flops / SLOWER.get(precision, 1.0)
 
 
-def flops_a_token(shapes: Shapes, length: int, *, checkpointing: bool) -> float:
-    """Operations of forward and backward pass a token; attention counted with its mask, half of the T x T."""
+def flops_a_token(shapes: Shapes, length: int, *, checkpointing: float) -> float:
+    """Operations of forward and backward pass a token; attention counted with its mask, half of the T x T.
+
+    Args:
+        checkpointing: share of the layers that is computed again.
+    """
     attention = 2.0 * length * shapes.head_width * shapes.layers
     adapter = float(sum(p.elements for p in shapes.trainable))
     layers = 2.0 * (shapes.layer_products + adapter) + attention
     head = 2.0 * shapes.head_products
-    again = layers if checkpointing else 0.0
+    again = layers * checkpointing
     # Backward: gradients of inputs cost what the forward pass does, attention's twice that, the adapter's own once more.
     return layers + head + again + layers + attention + head + 2.0 * adapter
 
@@ -60,7 +64,7 @@ def step_time_s(
     *,
     tokens: int,
     length: int,
-    checkpointing: bool,
+    checkpointing: float,
 ) -> float:
     """Of one optimizer step.
 

@@ -1,9 +1,9 @@
 """What one training step allocates: the real forward and backward pass of the real model, on the meta device, every tensor counted.
 
 No formula of an architecture is needed: layers, adapters and losses are those that training runs, so what they save for the backward
-pass and what they need on the way is seen as it is. Three things that the meta device does otherwise than a CPU or a GPU are put right:
+pass and what they need on the way is seen as it is. Things that the meta device does otherwise than a CPU or a GPU are put right:
 attention takes the memory of torch's fused kernels (no T x T), dropout keeps what the device's own does, and questions about values
-(is anything padded?) are answered beforehand. Called by `rehearse.py`.
+(is anything padded? which labels count? all) are answered beforehand. Called by `rehearse.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_CODE_BYTES = 650_000
+"""oneDNN on a CPU writes a kernel for every shape of a bfloat16 product, and keeps it (docs/plan.md)"""
 
 Phase = Literal["layers", "head"]
 """layers: anything up to the last layer's output, and its backward pass; head: what stands on it, logits and loss"""
@@ -62,10 +66,12 @@ class _Allocations(TorchDispatchMode):
     Args:
         known: tensors that live already.
         answer: to every question about a value.
+        cuda: no products of a CPU.
     """
 
-    def __init__(self, count: _Count, known: Iterable[Tensor], vocabulary: int, answer: bool):
+    def __init__(self, count: _Count, known: Iterable[Tensor], vocabulary: int, answer: bool, cuda: bool):
         super().__init__()
+        self._cuda, self._kernels = cuda, set[Any]()
         self._count, self._vocabulary, self._answer = count, vocabulary, answer
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._alive: dict[int, weakref.ref[Any]] = {}
@@ -73,6 +79,11 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._answer
+        if func in _PRODUCTS and not self._cuda and args[-1].dtype == torch.bfloat16:
+            kernel = tuple((each.shape, each.stride()) for each in args[-2:])
+            if kernel not in self._kernels:
+                self._kernels.add(kernel)
+                self._count.live += _CODE_BYTES
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor) and tensor.is_meta:
@@ -148,6 +159,26 @@ class _SavingLinear(torch.autograd.Function):
         )
 
 
+class _GroupedProduct(torch.autograd.Function):
+    """Products of a mixture's experts, each with its own rows, which the meta device has in bfloat16 alone. Rows are kept for the gradient
+    of the weights only."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_EIO: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None, weight_EIO)
+        ctx.rows, ctx.dtype = x_TI.shape, x_TI.dtype
+        return torch.empty((x_TI.shape[0], weight_EIO.shape[-1]), dtype=x_TI.dtype, device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        need_x, need_weight = ctx.needs_input_grad
+        dx = torch.empty(ctx.rows, dtype=ctx.dtype, device="meta") if need_x else None
+        return dx, torch.empty_like(ctx.saved_tensors[1]) if need_weight else None
+
+
+_GROUPED = {getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)} - {None}
+
+
 class DeviceKernels(TorchFunctionMode):
     """Puts those above in the place of what the meta device would do.
 
@@ -158,18 +189,27 @@ class DeviceKernels(TorchFunctionMode):
 
     def __init__(self, cuda: bool, saving_linear: bool = False):
         super().__init__()
-        self._cuda, self._saving_linear = cuda, saving_linear
+        self.cuda, self._saving_linear = cuda, saving_linear
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False)) | kwargs
-            if self._cuda or not given.get("dropout_p"):  # on CPUs, dropout of scores is done on all T x T of them, as on meta
+            if self.cuda or not given.get("dropout_p"):  # on CPUs, dropout of scores is done on all T x T of them, as on meta
                 return _Attention.apply(given["query"], given["key"], given["value"], given.get("attn_mask"))
+        if func in _GROUPED:
+            return _GroupedProduct.apply(*args[:2])
+        if func is Tensor.nonzero:
+            return torch.empty((args[0].numel(), args[0].ndim), dtype=torch.long, device="meta")
+        if func is torch.softmax and "out" in kwargs and kwargs.get("dtype", args[0].dtype) != args[0].dtype:
+            if not (
+                self.cuda and args[0].dtype == torch.float16
+            ):  # else the whole input is made anew in the other precision first
+                return func(args[0].to(kwargs["dtype"]), *args[1:], **kwargs)
         if func is F.linear and self._saving_linear:
             x, weight, *bias = args
             return _SavingLinear.apply(x, weight, bias[0] if bias else kwargs.get("bias"))
-        if func is F.dropout and self._cuda:
+        if func is F.dropout and self.cuda:
             given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
             if given.get("training", True) and given.get("p", 0.5) > 0:
                 return _FusedDropout.apply(given["input"])
@@ -273,7 +313,7 @@ def trace(
     hooks = [*(hook for each in gatherings for hook in each.hooks()), *phases.hooks(layers)]
     with _hooked(hooks), torch.set_grad_enabled(train), kernels:
         # Autograd works in this thread, where these modes are in force.
-        with torch.autograd.set_multithreading_enabled(False), _Allocations(count, known, vocabulary, not padded):
+        with torch.autograd.set_multithreading_enabled(False), _Allocations(count, known, vocabulary, not padded, kernels.cuda):
             total = loss()
             if train:
                 phases.backward = True
@@ -281,6 +321,17 @@ def trace(
                     each.backward = True
                 (total / 2.0).backward()
     return count.peaks
+
+
+@torch.no_grad()
+def gives_out_as_computed(model: Any, head: nn.Module, kernels: DeviceKernels) -> bool:
+    """Whether a model's logits are what its head gave, with nothing done to them behind it; the model is on the meta device."""
+    computed: list[Tensor] = []
+    ids_BL = torch.zeros((1, 2), dtype=torch.long, device="meta")
+    with _hooked([head.register_forward_hook(lambda _module, _inputs, output: computed.append(output))]):
+        with kernels, _Allocations(_Count([]), [], 0, True, True):
+            logits = model(input_ids=ids_BL, use_cache=False).logits
+    return logits is computed[0]
 
 
 @contextmanager

@@ -23,7 +23,7 @@ class Traffic:
         return self.all_reduce + self.all_gather + self.reduce_scatter
 
 
-def traffic(shapes: Shapes, layout: Layout, *, accumulation: int, checkpointing: bool) -> Traffic:
+def traffic(shapes: Shapes, layout: Layout, *, accumulation: int, checkpointing: float) -> Traffic:
     """Of a step of `accumulation` micro-batches."""
     n = layout.processes
     share = (n - 1) / n
@@ -46,8 +46,8 @@ def traffic(shapes: Shapes, layout: Layout, *, accumulation: int, checkpointing:
             reduce_scatter=int(inside * trainable),
             all_reduce=int(2 * (1 - shards / n) * trainable / shards) if shards < n else 0,
         )
-    passes = 3 if checkpointing else 2  # each layer is let go of after every pass, the recomputed one too
-    host = moved + (sum(p.bytes for p in shapes.base) // n * passes * accumulation if layout.offload_param else 0)
+    passes = 2 + checkpointing  # each layer is let go of after every pass, the recomputed one too
+    host = moved + (int(sum(p.bytes for p in shapes.base) / n * passes * accumulation) if layout.offload_param else 0)
     return Traffic(
         all_gather=int(share * (in_units + outside) * passes * accumulation),
         reduce_scatter=int(share * trainable * accumulation),

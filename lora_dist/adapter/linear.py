@@ -1,0 +1,108 @@
+"""A frozen linear layer and its update in one step, `y = x W^T + bias + s x (mask . BA)^T`: exact, and keeps x, W, A, B and the mask only.
+
+Two forms of the same numbers:
+
+- merged: x (W + s mask . BA)^T, in 32 bits or more only: in 16, W + dW would round the update away. It costs some passes over O x I numbers.
+- factorised (`tiles.py`): the update is added to the base's output; without a mask, plain LoRA. It costs some passes over T x (I + O).
+
+The gradients of A and B are the factorised form's in both; that of x takes whichever is cheaper. Against a product beside the base's this spares
+passes over y and over the gradient of x, and their memory. Called by `layer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_dist.adapter.product import masked_delta, without_autocast
+from lora_dist.adapter.tiles import add_update_, update_gradients
+from lora_dist.gemm import linear, product
+
+Unpack = Callable[[Tensor, torch.dtype], Tensor]
+"""what a linear holds of its weight, and the dtype of the product -> the weight (O, I), good until the next one is asked for"""
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """Inputs: x_TI, what the update sees of it where that differs (dropout) or None, W_OI, bias_O or None, A_RI, B_OR, mask_PQ (bool) or None,
+    block b, scale s, whether to merge, and where W is held otherwise than as it is, what makes it so."""
+
+    @staticmethod
+    def _weight(ctx: Any, W: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, merged: bool) -> Tensor:
+        """W, or W + s mask . BA."""
+        W_OI = W if ctx.unpack is None else ctx.unpack(W, W.dtype)
+        if not merged:
+            return W_OI
+        assert mask_PQ is not None
+        return masked_delta(A_RI.to(W.dtype), B_OR.to(W.dtype), mask_PQ, ctx.block, ctx.scale).add_(W_OI)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        dropped_TI: Tensor | None,
+        W: Tensor,
+        bias_O: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        mask_PQ: Tensor | None,
+        block: int,
+        scale: float,
+        merged: bool,
+        unpack: Unpack | None,
+    ) -> Tensor:
+        seen_TI = x_TI if dropped_TI is None else dropped_TI
+        ctx.save_for_backward(seen_TI, W, A_RI, B_OR, mask_PQ)
+        ctx.block, ctx.scale, ctx.merged, ctx.unpack, ctx.dropped = block, scale, merged, unpack, dropped_TI is not None
+        y_TO = linear(x_TI, _AdaptedLinear._weight(ctx, W, A_RI, B_OR, mask_PQ, merged), bias_O)
+        if not merged:
+            add_update_(y_TO, seen_TI, A_RI, B_OR, mask_PQ, block, scale)
+        return y_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
+        seen_TI, W, A_RI, B_OR, mask_PQ = ctx.saved_tensors
+        dx = d_seen = None
+        if ctx.needs_input_grad[0]:
+            # Adding the update to the weight again is a matter of O rows, adding its share to the gradient one of T.
+            again = ctx.merged and len(B_OR) <= len(seen_TI)
+            dx = product(g_TO, _AdaptedLinear._weight(ctx, W, A_RI, B_OR, mask_PQ, again))
+            d_seen = None if again or ctx.dropped else dx
+        if ctx.dropped and ctx.needs_input_grad[1]:
+            d_seen = torch.zeros_like(seen_TI)
+        dA, dB = update_gradients(g_TO, seen_TI, A_RI, B_OR, mask_PQ, ctx.block, ctx.scale, d_seen)
+        return dx, d_seen if ctx.dropped else None, None, None, dA, dB, None, None, None, None, None
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias_O: Tensor | None,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    kept_PQ: Tensor | None,
+    block: int,
+    scale: float,
+    *,
+    merged: bool,
+    dropped: Tensor | None = None,
+    unpack: Unpack | None = None,
+) -> Tensor:
+    """x W^T + bias + s dropped (mask . BA)^T for x of shape (..., I).
+
+    Args:
+        weight: (O, I), of x's dtype; with `unpack`, what it makes this of. It gets no gradient, nor does the bias.
+        kept_PQ: mask of tiles; None: plain LoRA.
+        merged: which form; needs a mask, and x as the update sees it.
+        dropped: what the update sees of x, of its shape; None: x itself.
+    """
+    flat = None if dropped is None else dropped.reshape(-1, dropped.shape[-1])
+    with without_autocast(x):
+        y_TO = _AdaptedLinear.apply(
+            x.reshape(-1, x.shape[-1]), flat, weight, bias_O, A_RI, B_OR, kept_PQ, block, scale, merged, unpack
+        )
+    return y_TO.view(*x.shape[:-1], -1)

@@ -1,0 +1,117 @@
+"""The update of a linear layer added to its output, and its gradients, in small products only: nothing of size O x I is made.
+
+With a mask of tiles (design section 3), all of it once more in the backward pass:
+
+    z[q,t,:] = A[:, block q] x[t, block q]            (Q,T,R)   batched small products
+    u[p,t,:] = sum_q mask[p,q] z[q,t,:]               (P,T,R)   one product with the P x Q mask
+    y[t, block p] += s B[block p, :] u[p,t,:]         (T,O)
+
+Without a mask it is plain LoRA: z = A x, y += s B z. On CPUs the masked one goes over chunks of tokens: what is between two products stays in
+the processor's cache and is not allocated anew (docs/log.md has what that is worth).
+
+Shapes: T tokens, C tokens of a chunk, I/O in/out features, b block side, P/Q block rows/columns, R rank. Called by `linear.py` and `product.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 2**19}
+"""of z, and of u, of a chunk in 32 bits; devices that are not named take all tokens at once"""
+_HALF = 8
+"""so many times as much in 16 bits, whose products cost more to start"""
+_LEAST_TOKENS = 32
+
+
+def add_update_(y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, block: int, scale: float) -> None:
+    """y += s x (mask . BA)^T, in place. Factors may be of another dtype than x."""
+    A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
+    if mask_PQ is None:
+        y_TO.addmm_(x_TI @ A_RI.T, B_OR.T, alpha=scale)
+        return
+    O = y_TO.shape[1]
+    A_QbR, B_PRb, mask_PQ = _columns(A_RI, block), _rows(B_OR * scale, block).transpose(1, 2), mask_PQ.to(x_TI.dtype)
+    for rows, z_QCR, u_PCR in _chunks(x_TI, mask_PQ, A_RI.shape[0]):
+        torch.bmm(_blocks(x_TI[rows], block), A_QbR, out=z_QCR)
+        _mix(mask_PQ, z_QCR, u_PCR)
+        _add_blocks_(y_TO[rows], torch.bmm(u_PCR, B_PRb), O)
+
+
+def update_gradients(
+    g_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, block: int, scale: float, dx_TI: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of A and B, in their dtypes; that of x is added to `dx_TI`, where there is one."""
+    A, B = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
+    if mask_PQ is None:
+        dz_TR = (g_TO @ B).mul_(scale)
+        if dx_TI is not None:
+            dx_TI.addmm_(dz_TR, A)
+        return (dz_TR.T @ x_TI).to(A_RI.dtype), (g_TO.T @ (x_TI @ A.T).mul_(scale)).to(B_OR.dtype)
+    R, wide = A.shape[0], torch.promote_types(x_TI.dtype, torch.float32)
+    A_QbR, B_PbR, mask = _columns(A, block), _rows(B * scale, block), mask_PQ.to(x_TI.dtype)
+    dA_QRb = A.new_zeros((len(A_QbR), R, block), dtype=wide)
+    dB_PRb = B.new_zeros((len(B_PbR), R, block), dtype=wide)
+    for rows, z_QCR, u_PCR in _chunks(x_TI, mask, R):
+        x_QCb, g_PCb = _blocks(x_TI[rows], block), _blocks(g_TO[rows], block)
+        torch.bmm(x_QCb, A_QbR, out=z_QCR)
+        _mix(mask, z_QCR, u_PCR)
+        dB_PRb += torch.bmm(u_PCR.transpose(1, 2), g_PCb)
+        torch.bmm(g_PCb, B_PbR, out=u_PCR)  # from here on gradients of u and z, in their places
+        _mix(mask.T, u_PCR, z_QCR)
+        dA_QRb += torch.bmm(z_QCR.transpose(1, 2), x_QCb)
+        if dx_TI is not None:
+            _add_blocks_(dx_TI[rows], torch.bmm(z_QCR, A_QbR.transpose(1, 2)), x_TI.shape[1])
+    dA_RI = dA_QRb.transpose(0, 1).reshape(R, -1)[:, : A.shape[1]]
+    dB_OR = dB_PRb.transpose(1, 2).reshape(-1, R)[: B.shape[0]] * scale
+    return dA_RI.to(A_RI.dtype), dB_OR.to(B_OR.dtype)
+
+
+def _chunks(x_TI: Tensor, mask_PQ: Tensor, rank: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows of x, and room for their z (Q,C,R) and u (P,C,R)."""
+    (P, Q), T = mask_PQ.shape, len(x_TI)
+    chunk_bytes = CHUNK_BYTES.get(x_TI.device.type)
+    if chunk_bytes is not None and x_TI.element_size() == 2:
+        chunk_bytes *= _HALF
+    C = T if chunk_bytes is None else min(T, max(_LEAST_TOKENS, chunk_bytes // (max(P, Q) * rank * x_TI.element_size())))
+    z, u = x_TI.new_empty(Q * C * rank), x_TI.new_empty(P * C * rank)
+    for start in range(0, T, max(1, C)):
+        c = min(C, T - start)
+        yield slice(start, start + c), z[: Q * c * rank].view(Q, c, rank), u[: P * c * rank].view(P, c, rank)
+
+
+def _pad_last(tensor: Tensor, block: int) -> Tensor:
+    """Zero-pad the last dimension to a whole number of blocks."""
+    short = -tensor.shape[-1] % block
+    return F.pad(tensor, (0, short)) if short else tensor
+
+
+def _blocks(x_CN: Tensor, block: int) -> Tensor:
+    """(C, N) -> (N/b, C, b); a view where N is a whole number of blocks."""
+    padded = _pad_last(x_CN, block)
+    return padded.unflatten(1, (-1, block)).transpose(0, 1)
+
+
+def _columns(A_RI: Tensor, block: int) -> Tensor:
+    """(R, I) -> (Q, b, R), contiguous."""
+    return _pad_last(A_RI, block).T.reshape(-1, block, A_RI.shape[0])
+
+
+def _rows(B_OR: Tensor, block: int) -> Tensor:
+    """(O, R) -> (P, b, R), contiguous."""
+    short = -B_OR.shape[0] % block
+    return (F.pad(B_OR, (0, 0, 0, short)) if short else B_OR).reshape(-1, block, B_OR.shape[1])
+
+
+def _mix(mask_MN: Tensor, x_NCR: Tensor, out_MCR: Tensor) -> None:
+    """out[m] = sum over n of mask[m,n] x[n], one product."""
+    torch.mm(mask_MN, x_NCR.view(len(x_NCR), -1), out=out_MCR.view(len(out_MCR), -1))
+
+
+def _add_blocks_(y_CN: Tensor, update_MCb: Tensor, columns: int) -> None:
+    """y += the blocks beside each other. Copied first: adding with strides is 7 times slower in 16 bits on a CPU, and as fast in 32."""
+    M, C, b = update_MCb.shape
+    y_CN += update_MCb.transpose(0, 1).reshape(C, M * b)[:, :columns]
