@@ -99,6 +99,9 @@ class TrainArgs:
     gradient_checkpointing_layers: str = "all"
     """Which decoder layers gradient_checkpointing recomputes: all, the first so many, or auto: as few of the first as fit this machine's
     memory by `lora-dist plan`."""
+    torch_compile: bool = False
+    """Compile each decoder layer (torch.compile): starting takes half a minute to minutes longer; worth trying on GPUs, slower on CPUs
+    (docs/log.md)."""
     logging_steps: int = 10
     """Log the mean loss every so many steps."""
     logging_first_step: bool = True

@@ -90,6 +90,14 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
     return model
 
 
+def compile_layers(base: Any) -> None:
+    """Each decoder layer by torch.compile, when it is first called; one that would have to be compiled again and again is an error."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    layer: Any
+    for layer in decoder_layers(base)[1]:
+        layer.compile()
+
+
 def recompute_first(base: Any, layers: str) -> None:
     """Leave gradient checkpointing to the first so many layers, which the backward pass reaches last, when most memory is free again.
 

@@ -24,7 +24,7 @@ from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
 from lora_dist.data.rows import Rows
-from lora_dist.engine.adapting import check_adapter, refuse_strategy, with_adapter
+from lora_dist.engine.adapting import check_adapter, compile_layers, refuse_strategy, with_adapter
 from lora_dist.engine.attempts import Attempt
 from lora_dist.engine.base import (
     BaseAndPattern,
@@ -143,6 +143,9 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
     if kind != "classification" and config.train.cross_entropy != "logits":
         put_chunked_head(base.model)
     model = with_adapter(config, opened, pattern)
+    if config.train.torch_compile:
+        compile_layers(base.model)
+        console.note("torch.compile: every decoder layer is compiled when it is first called, which takes its time")
     if config.train.gradient_checkpointing_layers != "all":
         layers = len(decoder_layers(base.model)[1])
         console.note(

@@ -59,6 +59,7 @@ def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> Strategy
     problems += quantised_problems(config.model, plan.name)
     problems += optimizer_problems(train, plan.name, world.device)
     problems += quantised_teacher_problems(train.distill_load_in_4bit)
+    problems += compile_problems(config, plan.name)
     offload: dict[str, str] = {}
     if plan.stage is not None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -140,6 +141,23 @@ def optimizer_problems(train: TrainArgs, strategy: str, device: torch.device) ->
         unpaged = "adamw_8bit" if optim.endswith("8bit") else "adamw_torch"
         problems.append(f"train.optim: found {optim} on {device.type}, expected a GPU, whose memory it pages; set {unpaged}")
     return problems
+
+
+def compile_problems(config: RunConfig, strategy: str) -> list[str]:
+    """What torch.compile of a layer does not go with."""
+    model = config.model
+    found = {
+        "parallel.strategy zero3": strategy == "zero3",
+        "model.storage blocks": model.storage == "blocks",
+        "model.load_in_4bit": model.load_in_4bit,
+        "model.load_in_8bit": model.load_in_8bit,
+        f"the training of {config.adapter_kind}": config.adapter_kind != "lora",
+    }
+    return [
+        f"train.torch_compile: found true with {other}, whose layers torch.compile cannot take in one piece: leave one of the two out"
+        for other, is_so in found.items()
+        if is_so and config.train.torch_compile
+    ]
 
 
 def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_size: int) -> tuple[dict[str, Any], list[str]]:

@@ -20,7 +20,7 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,8 @@ class Row:
 class Bench:
     """Makes what is missing, and keeps figures by row."""
 
-    def __init__(self, out: Path, nproc: int, quick: bool):
-        self.out, self.nproc, self.quick = out, nproc, quick
+    def __init__(self, out: Path, nproc: int, quick: bool, fp32: bool = False):
+        self.out, self.nproc, self.quick, self.fp32 = out, nproc, quick, fp32
         self.file = out / "results.json"
         self.results: Results = json.loads(self.file.read_text()) if self.file.exists() else {}
 
@@ -90,7 +90,12 @@ class Bench:
     def measurement(self, subject: str) -> Measurement:
         folder = self.out / subject
         folder.mkdir(parents=True, exist_ok=True)
-        return Measurement(subjects(data_folder("recovery"))[subject], ROOT / "configs" / CONFIGS[subject], folder, [])
+        found = subjects(data_folder("recovery"))[subject]
+        if self.fp32:
+            found = replace(
+                found, evaluation=tuple(o for o in found.evaluation if o != "--dtype=bfloat16") + ("--dtype=float32",)
+            )
+        return Measurement(found, ROOT / "configs" / CONFIGS[subject], folder, [])
 
     def dense(self, subject: str) -> float:
         m = self.measurement(subject)
@@ -114,7 +119,8 @@ class Bench:
             m.command(
                 "train", "--config", str(m.config), f"--model.name_or_path={base}", f"--data.dataset_name={m.subject.text}",
                 f"--train.output_dir={run}", f"--train.per_device_train_batch_size={WINDOWS // self.nproc}", f"--train.max_steps={row.steps}",
-                *(["--train.warmup_steps=1"] if self.quick else []), *options, "--resume=auto", processes=self.nproc,
+                *(["--train.warmup_steps=1"] if self.quick else []),
+                *(["--train.bf16=false", "--model.dtype=float32"] if self.fp32 else []), *options, "--resume=auto", processes=self.nproc,
             )  # fmt: skip
         return run
 
@@ -236,12 +242,17 @@ def main() -> int:
     )
     parser.add_argument("--steps", nargs="+", type=int, help="optimizer steps (default: 300 for stories, 200 for wikitext)")
     parser.add_argument("--nproc", type=int, default=1, help="training processes; the step's 16 windows are shared among them")
+    parser.add_argument(
+        "--fp32",
+        action="store_true",
+        help="compute in float32, for CPUs whose bf16 is slow; in a folder of its own, as figures differ a little",
+    )
     parser.add_argument("--quick", action="store_true", help="a warm-up of one step, for --steps 2: to see that everything works")
     parser.add_argument("--list", action="store_true", help="only show the rows, and which are done")
     args = parser.parse_args()
     if WINDOWS % args.nproc:
         parser.error(f"--nproc: found {args.nproc}, expected a divisor of {WINDOWS}")
-    bench, rows = Bench(args.out.resolve(), args.nproc, args.quick), rows_of(args)
+    bench, rows = Bench(args.out.resolve(), args.nproc, args.quick, args.fp32), rows_of(args)
     if args.list:
         print("\n".join(f"{'done ' if row.name in bench.results else '     '}{row.name}" for row in rows))
         return 0
