@@ -7,19 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.group import WorkerGroups
 from tests.runs import adapter, largest_relative_difference, losses, options
 
 pytestmark = pytest.mark.distributed
 
 STEPS, SEGMENT = 12, 3
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,19 +5,11 @@ from __future__ import annotations
 import pytest
 
 from lora_dist.blocks import Pattern, tile_count
-from tests.distributed.group import WorkerGroups
 from tests.distributed.test_strategies import check_norms
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, run_killed
 from tests.runs import run as command_run
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.group import WorkerGroups
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, records, run, run_killed
 from tests.tiny import save_dense
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long]  # a first look: test_strategies.py
 
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,9 @@ from lora_dist.arguments import EvalArgs
 from lora_dist.cli.options import Verb, parse
 from lora_dist.engine.report import evaluate_models
 from lora_dist.parallel import World
-from tests.distributed.group import WorkerGroup
 from tests.evaluation.conftest import write_questions
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    group = WorkerGroup(2, tmp_path_factory.mktemp("groups") / "pair")
-    yield group
-    group.close()
 
 
 @pytest.fixture(scope="module")

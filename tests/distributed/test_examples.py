@@ -9,20 +9,12 @@ import pytest
 from lora_dist.cli import train as train_verb
 from lora_dist.cli.options import parse
 from lora_dist.config import RunConfig
-from tests.distributed.group import WorkerGroups
 from tests.instructions import write_instructions
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options
 
 pytestmark = pytest.mark.distributed
 
 PACKED, GROUPED = "data.packing", "train.group_by_length"
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

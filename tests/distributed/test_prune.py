@@ -13,17 +13,9 @@ from lora_dist.arguments import PruneArgs
 from lora_dist.blocks import Pattern
 from lora_dist.cli.options import Verb, parse
 from lora_dist.engine.prune import prune_model
-from tests.distributed.group import WorkerGroup
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    group = WorkerGroup(2, tmp_path_factory.mktemp("groups") / "pair")
-    yield group
-    group.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,19 +11,11 @@ from safetensors.torch import load_file
 from lora_dist.arguments import MergeArgs
 from lora_dist.engine.merge import merge
 from lora_dist.parallel import World
-from tests.distributed.group import WorkerGroups
 from tests.distributed.test_strategies import check_norms
 from tests.runs import adapter, largest_relative_difference, losses, options
 
 pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,6 @@ SHARDED = {"fsdp2": {}, "zero3": {"parallel__ds_config": SMALL}}
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    group = WorkerGroup(2, tmp_path_factory.mktemp("groups") / "pair")
-    yield group
-    group.close()
-
-
-@pytest.fixture(scope="module")
 def arguments(tiny_text):
     def make(base: Path, out: Path, strategy: str, **train: object) -> list[str]:
         values: dict[str, object] = {

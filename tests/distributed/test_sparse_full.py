@@ -10,20 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from lora_dist.blocks import Pattern
-from tests.distributed.group import WorkerGroups
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options
 
 pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 STRATEGIES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 BESIDE = 2 * 99 * 32 + 5 * 32  # embedding, head and norms of the tiny base
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

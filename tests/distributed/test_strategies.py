@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.group import WorkerGroups
 from tests.runs import adapter, assert_identical, largest_relative_difference, losses, options, records
 from tests.tiny import save_dense
 
@@ -41,13 +40,6 @@ def strategy_options(name: str) -> dict[str, object]:
     if name.startswith("zero3"):  # tiny parameters would all stay whole
         extra["parallel__ds_config"] = str(Path(__file__).with_name("zero3_small.json"))
     return {"parallel__strategy": name.split("-")[0], **extra}
-
-
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory):
-    made = WorkerGroups(tmp_path_factory.mktemp("groups"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")

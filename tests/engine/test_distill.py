@@ -12,11 +12,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_dist.__main__ import main
+from lora_dist.arguments import MergeArgs
+from lora_dist.blocks import Pattern
 from lora_dist.cli import train as train_verb
 from lora_dist.cli.options import parse
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import MicroBatch
 from lora_dist.data.soft_labels import SoftLabels
+from lora_dist.engine.merge import merge
 from lora_dist.engine.setup import Parts
 from lora_dist.engine.train import train
 from lora_dist.log import UserError
@@ -198,6 +201,18 @@ def test_evaluations_are_plain_and_the_teacher_helps(tiny_base: Path, tiny_text:
     assert before[0] == before[1]
     lines = records(tmp_path / "out", "train")
     assert lines[-1]["kl_loss"] < 0.8 * lines[0]["kl_loss"]
+
+
+def test_kept_weights_learn_from_the_dense_model(tiny_base: Path, tiny_text: Path, dense: Path, tmp_path: Path) -> None:
+    """train.mode sparse_full: the same loss before the first update, none of it lost in the trained weights; merged tiles stay zero."""
+    for name, mode in (("adapter", "lora"), ("weights", "sparse_full")):
+        run(tiny_base, tiny_text, tmp_path / name, dense, **{**QUICK, "max_steps": 8}, distill_alpha=1, mode=mode)
+    adapted, trained = (records(tmp_path / name, "train") for name in ("adapter", "weights"))
+    for key in ("loss", "ce_loss", "kl_loss"):
+        assert trained[0][key] == pytest.approx(adapted[0][key], rel=1e-6)
+    assert trained[-1]["kl_loss"] < 0.8 * trained[0]["kl_loss"]
+    report = merge(MergeArgs(base=str(tiny_base), adapter=str(tmp_path / "weights"), out=str(tmp_path / "merged")), World())
+    assert report.zero_tiles == sum(int((~mask.kept_PQ).sum()) for mask in Pattern.load(tiny_base).values())
 
 
 @pytest.mark.long
