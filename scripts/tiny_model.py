@@ -219,6 +219,34 @@ class Training(NamedTuple):
     time_s: float
 
 
+class Float32Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) for matrices, with Nesterov momentum and no decay. torch.optim.Muon iterates in bfloat16, which takes a
+    CPU without such products 24 times as long."""
+
+    def __init__(self, matrices: Sequence[torch.nn.Parameter], lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                mean = self.state[matrix].setdefault("mean", torch.zeros_like(matrix))
+                mean.lerp_(matrix.grad, 1 - group["momentum"])
+                update = orthogonal(matrix.grad.lerp(mean, group["momentum"]))
+                matrix.add_(update, alpha=-group["lr"] * math.sqrt(max(1.0, matrix.shape[0] / matrix.shape[1])))
+
+
+def orthogonal(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Near U V^T of the matrix's singular value decomposition, by Newton-Schulz iterations with Jordan's coefficients."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T, iterations).T
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    for _ in range(iterations):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
 def train_model(
     model: LlamaForCausalLM,
     ids_NT: torch.Tensor,
@@ -232,7 +260,7 @@ def train_model(
 ) -> Training:
     """Train on windows in an order given by `seed`; the same weights come out on every run of the same machine.
 
-    Matrices inside the layers are trained by Muon (Jordan et al. 2024), the rest by AdamW: tried at width 256 over the same 350
+    Matrices inside the layers are trained by Muon, the rest by AdamW: tried at width 256 over the same 350
     thousand tokens, that gave perplexity 106 where AdamW alone gave 273. The rate is warmed up, held, and let down to zero over
     the last 60%.
 
@@ -243,8 +271,8 @@ def train_model(
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=matrix_learning_rate, weight_decay=0.0),
+    optimizers: list[torch.optim.Optimizer] = [
+        Float32Muon(matrices, lr=matrix_learning_rate),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     warm_up = min(20, steps // 5)
