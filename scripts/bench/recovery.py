@@ -206,7 +206,7 @@ def picture(rows: list[Row], bench: Bench, file: Path) -> None:
     names = list(dict.fromkeys((row.subject, row.sparsity) for row in shown))
     if not names:
         return
-    figure, axes = plt.subplots(len(names), 2, figsize=(11, 3.6 * len(names)), squeeze=False)
+    figure, axes = plt.subplots(len(names), 2, figsize=(11, 3.6 * len(names)), squeeze=False, sharey="row")
     for (subject, sparsity), (left, right) in zip(names, axes, strict=True):
         dense = bench.dense(subject)
         pruned = bench.results[Row(subject, sparsity, "wanda", "none", 0).name]["perplexity"]
