@@ -29,8 +29,8 @@ LONG = {
     "max_steps": 240, "save_steps": 20, "eval_steps": 40, "eval_on_start": False, "save_total_limit": 3, "learning_rate": 0.1,
     "lr_scheduler_type": "constant", "max_failed_saves": 1000,
 }  # fmt: skip
-BEST, BROKEN_FROM = 120, 130
-"""step of the best adapter of such a run, and a later one to break something at"""
+BROKEN_FROM = 130
+"""the step to break something at, behind the best adapter of such a run"""
 
 
 def mounted(*argv: str, tries: int = 1) -> None:
@@ -55,9 +55,13 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 def undisturbed(tiny_base, tiny_text, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     assert train_verb.run(parse(RunConfig, options(tiny_base, tiny_text, out, **LONG), train_verb.VERB)) == 0
-    evals = records(out, "eval")
-    assert min(evals, key=lambda row: row["eval_loss"])["step"] == BEST  # so that its checkpoint is needed at the end
+    assert best_step(out) < BROKEN_FROM  # so that its checkpoint is needed at the end
     return out
+
+
+def best_step(out: Path) -> int:
+    """Of so high a rate, an early one; which, differs from CPU to CPU."""
+    return min(records(out, "eval"), key=lambda row: row["eval_loss"])["step"]
 
 
 @contextmanager
@@ -102,9 +106,9 @@ def finish(process: subprocess.Popen, log: Path) -> str:
     return log.read_text()
 
 
-def assert_whole(out: Path) -> None:
+def assert_whole(out: Path, undisturbed: Path) -> None:
     assert all(verify(path) is None for _, path in list_checkpoints(out)) and not list(out.glob(".saving-*"))
-    assert {BEST, 240} <= {step for step, _ in list_checkpoints(out)}
+    assert {best_step(undisturbed), 240} <= {step for step, _ in list_checkpoints(out)}
     status = json.loads((out / "status.json").read_text())
     assert (status["state"], status["step"]) == ("completed", 240)
 
@@ -124,7 +128,7 @@ def test_a_disk_that_is_full_for_a_while(disk, undisturbed, tiny_base, tiny_text
     assert "No space left on device" in text and text.count("metrics.jsonl cannot be written") == 1
     assert "metrics.jsonl can be written again" in text and "Traceback" not in text
     assert_identical(out, undisturbed)  # every step's loss is in metrics.jsonl too
-    assert_whole(out)
+    assert_whole(out, undisturbed)
     assert "was not saved" in (out / "train.log").read_text() and records(out, "save_failed")
 
 
@@ -141,7 +145,7 @@ def test_a_folder_that_becomes_read_only_for_a_while(undisturbed, tiny_base, tin
         text = finish(process, log)
     assert "Read-only file system" in text and "Traceback" not in text
     assert_identical(out, undisturbed)
-    assert_whole(out)
+    assert_whole(out, undisturbed)
 
 
 @pytest.mark.parametrize("how", ["removed", pytest.param("moved", marks=pytest.mark.long)])
@@ -160,7 +164,7 @@ def test_a_folder_that_is_gone(how, undisturbed, tiny_base, tiny_text, tmp_path)
         text = finish(process, log)
     words = "was removed while" if how == "removed" else f"was moved to {tmp_path / 'elsewhere'} while"
     assert text.count(f"the run folder {out} {words} the run was at work; made anew") == 1 and "Traceback" not in text
-    assert_whole(out)
+    assert_whole(out, undisturbed)
     x, y = adapter(out), adapter(undisturbed)
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
     expected = losses(undisturbed)
@@ -168,7 +172,7 @@ def test_a_folder_that_is_gone(how, undisturbed, tiny_base, tiny_text, tmp_path)
     for name in ("run.json", "run_config.yaml", "train.log", "attempts/attempt-1.json", "attempts/attempt-1.log", ".lock"):
         assert (out / name).exists(), name
     if how == "moved":
-        assert BEST in {step for step, path in list_checkpoints(tmp_path / "elsewhere") if verify(path) is None}
+        assert best_step(undisturbed) in {step for step, path in list_checkpoints(tmp_path / "elsewhere") if verify(path) is None}
 
 
 def test_a_final_adapter_that_cannot_be_written(tiny_base, tiny_text, tmp_path):
