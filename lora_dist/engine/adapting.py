@@ -91,11 +91,22 @@ def with_adapter(config: RunConfig, opened: BaseAndPattern, pattern: Pattern | N
 
 
 def compile_layers(base: Any) -> None:
-    """Each decoder layer by torch.compile, when it is first called; one that would have to be compiled again and again is an error."""
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    """Each decoder layer by torch.compile, when it is first called; one that would have to be compiled again and again is an error.
+
+    Layers of one class share what is compiled, and the limit: those whose linears differ (not pruned, pruned whole) are compiled apart.
+    """
+    layers = decoder_layers(base)[1]
+    config = torch._dynamo.config
+    config.fail_on_recompile_limit_hit = True
+    config.recompile_limit = _RECOMPILED * len(layers)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, config.recompile_limit)
     layer: Any
-    for layer in decoder_layers(base)[1]:
+    for layer in layers:
         layer.compile()
+
+
+_RECOMPILED = 8
+"""times a layer may be compiled: torch's own limit"""
 
 
 def recompute_first(base: Any, layers: str) -> None:
