@@ -1,13 +1,17 @@
-"""`x W^T` and `x W` in float32 on CPUs by whichever of torch's two libraries is faster; elsewhere torch's own choice.
+"""`x W^T` and `x W` on CPUs by whichever way torch has that is fastest; elsewhere torch's own choice.
 
-torch takes float32 products to MKL, which is tuned for Intel's processors; on AMD's with AVX-512, oneDNN's are a fifth faster (docs/log.md).
+- float32: torch takes products to MKL, which is tuned for Intel's processors; on AMD's with AVX-512, oneDNN's are a fifth faster.
+- 16 bits on processors that cannot multiply them: torch's own loops take x W at a two-hundredth of float32's speed and x W^T at a sixth.
+  There, pieces of both are made float32, multiplied, and rounded once (docs/log.md).
+
 The choice depends on the processor alone, so that a run that goes on gives the same bits. Not seen by autograd: for use inside
-`torch.autograd.Function`. Called by `adapter/linear.py` and `models/chunked.py`.
+`torch.autograd.Function`. Called by `adapter/linear.py`, `adapter/product.py`, `adapter/tiles.py` and `models/chunked.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import platform
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +26,27 @@ def _onednn_is_faster() -> bool:
     return amd and bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _without_products() -> tuple[torch.dtype, ...]:
+    """16-bit dtypes that this machine's processor cannot multiply."""
+    if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+        return ()
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return tuple(
+        dtype for dtype, name in asked.items() if hasattr(torch.ops.mkldnn, name) and not getattr(torch.ops.mkldnn, name)()
+    )
+
+
 ONEDNN_IS_FASTER = _onednn_is_faster()
 """a plain constant, which torch.compile can see"""
+EMULATED = _without_products()
+"""likewise"""
+_PIECE_ROWS = 512
+_PIECE_WEIGHTS = 2**20
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What products of x are best computed in: its own, or float32 where the processor has no other."""
+    return torch.float32 if x.dtype in EMULATED and x.device.type == "cpu" else x.dtype
 
 
 def _by_onednn(x: Tensor) -> bool:
@@ -36,12 +59,31 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
         if torch.compiler.is_compiling():
             return _opaque(x_TI, weight_OI, bias_O)
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")
+    if compute_dtype(x_TI) != x_TI.dtype:
+        y_TO = matmul(x_TI, weight_OI.T)
+        return y_TO if bias_O is None else y_TO.add_(bias_O)
     return F.linear(x_TI, weight_OI, bias_O)
 
 
 def product(x_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """(T, I): x W, of one dtype."""
-    return linear(x_TO, weight_OI.T) if _by_onednn(x_TO) else x_TO @ weight_OI
+    return linear(x_TO, weight_OI.T) if _by_onednn(x_TO) else matmul(x_TO, weight_OI)
+
+
+def matmul(x_TK: Tensor, weight_KN: Tensor) -> Tensor:
+    """(T, N): x W, of one dtype; of 16 bits that the processor cannot multiply, in float32, a few MiB at a time, rounded once."""
+    if compute_dtype(x_TK) == x_TK.dtype:
+        return x_TK @ weight_KN
+    y_TN = x_TK.new_empty((len(x_TK), weight_KN.shape[1]))
+    for rows in _slices(len(x_TK), _PIECE_ROWS):
+        wide_CK = x_TK[rows].float()
+        for columns in _slices(weight_KN.shape[1], max(16, _PIECE_WEIGHTS // max(1, len(weight_KN)))):
+            y_TN[rows, columns] = wide_CK @ weight_KN[:, columns].float()
+    return y_TN
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 @torch.library.custom_op("lora_dist::onednn_linear", mutates_args=())

@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_dist.adapter.tiles import add_update_, update_gradients
 from lora_dist.blocks import unpack_bits
+from lora_dist.gemm import matmul
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
@@ -68,7 +68,7 @@ def masked_delta(A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: fl
     Args:
         kept: bool (P, Q) for whole tiles, or packed uint8 bits of an (O, I) element mask (then block is 1).
     """
-    return _mask_((B_OR * scale) @ A_RI, kept, block)
+    return _mask_(matmul(B_OR * scale, A_RI), kept, block)
 
 
 class _Dense(torch.autograd.Function):
@@ -79,7 +79,7 @@ class _Dense(torch.autograd.Function):
         ctx.save_for_backward(x_TI, A_RI, B_OR, kept)
         ctx.block, ctx.scale = block, scale
         delta_OI = masked_delta(A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype), kept, block, scale)
-        return F.linear(x_TI, delta_OI)
+        return matmul(x_TI, delta_OI.T)
 
     @staticmethod
     @once_differentiable
@@ -89,13 +89,13 @@ class _Dense(torch.autograd.Function):
         need_x, need_A, need_B = ctx.needs_input_grad[:3]
         dx = dA = dB = None
         if need_x:
-            dx = g_TO @ masked_delta(A, B, kept, ctx.block, ctx.scale)
+            dx = matmul(g_TO, masked_delta(A, B, kept, ctx.block, ctx.scale))
         if need_A or need_B:
-            dW_OI = _mask_(g_TO.T @ x_TI, kept, ctx.block).mul_(ctx.scale)
+            dW_OI = _mask_(matmul(g_TO.T, x_TI), kept, ctx.block).mul_(ctx.scale)
             if need_A:
-                dA = (B.T @ dW_OI).to(A_RI.dtype)
+                dA = matmul(B.T, dW_OI).to(A_RI.dtype)
             if need_B:
-                dB = (dW_OI @ A.T).to(B_OR.dtype)
+                dB = matmul(dW_OI, A.T).to(B_OR.dtype)
         return dx, dA, dB, None, None, None
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -33,6 +32,7 @@ from lora_dist.adapter.product import without_autocast
 from lora_dist.adapter.whole import TrainsWhole, layer_bias
 from lora_dist.blocks import BlockMask, Mask, is_transposed, unpack_bits
 from lora_dist.blocks.tiles import gather_tiles, places, scatter_tiles
+from lora_dist.gemm import linear, matmul, product
 
 SPARSE_TYPE = "BLOCK_FULL"
 
@@ -112,7 +112,7 @@ class _SparseFull(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x_TI, stored, delta, kept)
         ctx.form = block, shape, transposed
-        return F.linear(x_TI, kept_sum(stored, delta, kept, *ctx.form), bias_O)
+        return linear(x_TI, kept_sum(stored, delta, kept, *ctx.form), bias_O)
 
     @staticmethod
     @once_differentiable
@@ -121,11 +121,11 @@ class _SparseFull(torch.autograd.Function):
         need_x, _, need_bias, need_delta = ctx.needs_input_grad[:4]
         dx = dbias = ddelta = None
         if need_x:
-            dx = g_TO @ kept_sum(stored, delta, kept, *ctx.form)
+            dx = product(g_TO, kept_sum(stored, delta, kept, *ctx.form))
         if need_bias:
             dbias = g_TO.sum(0)
         if need_delta:
-            ddelta = gather_kept(g_TO.T @ x_TI, kept, ctx.form[0]).to(delta.dtype)
+            ddelta = gather_kept(matmul(g_TO.T, x_TI), kept, ctx.form[0]).to(delta.dtype)
         return dx, None, dbias, ddelta, None, None, None, None
 
 

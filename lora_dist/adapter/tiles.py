@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_dist.gemm import compute_dtype, matmul
+
 CHUNK_BYTES = {"cpu": 2**19}
 """of z, and of u, of a chunk in 32 bits; devices that are not named take all tokens at once"""
 _HALF = 8
@@ -29,14 +31,15 @@ _LEAST_TOKENS = 32
 
 def add_update_(y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, block: int, scale: float) -> None:
     """y += s x (mask . BA)^T, in place. Factors may be of another dtype than x."""
-    A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
     if mask_PQ is None:
-        y_TO.addmm_(x_TI @ A_RI.T, B_OR.T, alpha=scale)
+        A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
+        _add_product_(y_TO, matmul(x_TI, A_RI.T), B_OR.T, scale)
         return
-    O = y_TO.shape[1]
-    A_QbR, B_PRb, mask_PQ = _columns(A_RI, block), _rows(B_OR * scale, block).transpose(1, 2), mask_PQ.to(x_TI.dtype)
+    dtype, O = compute_dtype(x_TI), y_TO.shape[1]
+    A_RI, B_OR = A_RI.to(dtype), B_OR.to(dtype)
+    A_QbR, B_PRb, mask_PQ = _columns(A_RI, block), _rows(B_OR * scale, block).transpose(1, 2), mask_PQ.to(dtype)
     for rows, z_QCR, u_PCR in _chunks(x_TI, mask_PQ, A_RI.shape[0]):
-        torch.bmm(_blocks(x_TI[rows], block), A_QbR, out=z_QCR)
+        torch.bmm(_blocks(x_TI[rows].to(dtype), block), A_QbR, out=z_QCR)
         _mix(mask_PQ, z_QCR, u_PCR)
         _add_blocks_(y_TO[rows], torch.bmm(u_PCR, B_PRb), O)
 
@@ -45,18 +48,20 @@ def update_gradients(
     g_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, block: int, scale: float, dx_TI: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of A and B, in their dtypes; that of x is added to `dx_TI`, where there is one."""
-    A, B = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
     if mask_PQ is None:
-        dz_TR = (g_TO @ B).mul_(scale)
+        A, B = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
+        dz_TR = matmul(g_TO, B).mul_(scale)
         if dx_TI is not None:
-            dx_TI.addmm_(dz_TR, A)
-        return (dz_TR.T @ x_TI).to(A_RI.dtype), (g_TO.T @ (x_TI @ A.T).mul_(scale)).to(B_OR.dtype)
-    R, wide = A.shape[0], torch.promote_types(x_TI.dtype, torch.float32)
-    A_QbR, B_PbR, mask = _columns(A, block), _rows(B * scale, block), mask_PQ.to(x_TI.dtype)
+            _add_product_(dx_TI, dz_TR, A, 1.0)
+        return matmul(dz_TR.T, x_TI).to(A_RI.dtype), matmul(g_TO.T, matmul(x_TI, A.T).mul_(scale)).to(B_OR.dtype)
+    dtype = compute_dtype(x_TI)
+    A, B = A_RI.to(dtype), B_OR.to(dtype)
+    R, wide = A.shape[0], torch.promote_types(dtype, torch.float32)
+    A_QbR, B_PbR, mask = _columns(A, block), _rows(B * scale, block), mask_PQ.to(dtype)
     dA_QRb = A.new_zeros((len(A_QbR), R, block), dtype=wide)
     dB_PRb = B.new_zeros((len(B_PbR), R, block), dtype=wide)
     for rows, z_QCR, u_PCR in _chunks(x_TI, mask, R):
-        x_QCb, g_PCb = _blocks(x_TI[rows], block), _blocks(g_TO[rows], block)
+        x_QCb, g_PCb = _blocks(x_TI[rows].to(dtype), block), _blocks(g_TO[rows].to(dtype), block)
         torch.bmm(x_QCb, A_QbR, out=z_QCR)
         _mix(mask, z_QCR, u_PCR)
         dB_PRb += torch.bmm(u_PCR.transpose(1, 2), g_PCb)
@@ -71,16 +76,24 @@ def update_gradients(
 
 
 def _chunks(x_TI: Tensor, mask_PQ: Tensor, rank: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Rows of x, and room for their z (Q,C,R) and u (P,C,R)."""
+    """Rows of x, and room for their z (Q,C,R) and u (P,C,R), of the mask's dtype."""
     (P, Q), T = mask_PQ.shape, len(x_TI)
     chunk_bytes = CHUNK_BYTES.get(x_TI.device.type)
-    if chunk_bytes is not None and x_TI.element_size() == 2:
+    if chunk_bytes is not None and mask_PQ.element_size() == 2:
         chunk_bytes *= _HALF
-    C = T if chunk_bytes is None else min(T, max(_LEAST_TOKENS, chunk_bytes // (max(P, Q) * rank * x_TI.element_size())))
-    z, u = x_TI.new_empty(Q * C * rank), x_TI.new_empty(P * C * rank)
+    C = T if chunk_bytes is None else min(T, max(_LEAST_TOKENS, chunk_bytes // (max(P, Q) * rank * mask_PQ.element_size())))
+    z, u = mask_PQ.new_empty(Q * C * rank), mask_PQ.new_empty(P * C * rank)
     for start in range(0, T, max(1, C)):
         c = min(C, T - start)
         yield slice(start, start + c), z[: Q * c * rank].view(Q, c, rank), u[: P * c * rank].view(P, c, rank)
+
+
+def _add_product_(y_TN: Tensor, x_TK: Tensor, weight_KN: Tensor, scale: float) -> None:
+    """y += scale x W; in one operation where the processor multiplies their dtype."""
+    if compute_dtype(x_TK) == x_TK.dtype:
+        y_TN.addmm_(x_TK, weight_KN, alpha=scale)
+    else:
+        y_TN.add_(matmul(x_TK, weight_KN), alpha=scale)
 
 
 def _pad_last(tensor: Tensor, block: int) -> Tensor:

@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_dist.blocks import BlockMask, Guard, Pattern, Piece, grid
+from lora_dist import gemm
+from lora_dist.blocks import BlockMask, Guard, NamedLinear, Pattern, Piece, grid
 from lora_dist.engine.base import base_pieces, load_for, quantised_weights
 from lora_dist.log import GuardError
 from lora_dist.models.architecture import prunable_linears
 from lora_dist.models.padded import PaddedLinear4bit
 from lora_dist.models.quantised import (
     Quantisation,
+    _empty_layer,
+    _quantise_into,
     _unpacked,
     codes,
     dequantised,
@@ -104,6 +107,33 @@ def base_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     tokenizer.save_pretrained(tmp_path / "base")
     Pattern(masks).save(tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [128, 160])
+def test_4_bit_products_on_a_processor_without_16_bit_ones(dtype, width, monkeypatch):
+    """Output and gradient are those of the weight that the layer stands for, whichever way they are computed."""
+    weight_OI, _ = pruned_weight((96, width))
+    layer = quantised_layer(weight_OI, dtype)
+    exact_OI = dequantised_OI(layer).double()
+    generator = torch.Generator().manual_seed(1)
+    x, g = (torch.randn(3, 7, n, generator=generator).to(dtype) for n in (width, 96))
+    for emulated in (True, False):
+        monkeypatch.setattr(gemm, "EMULATED", (dtype,) if emulated else ())
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        y.backward(g)
+        assert y.dtype == leaf.grad.dtype == dtype and y.shape == g.shape
+        for found, exact in ((y, x.double() @ exact_OI.T), (leaf.grad, g.double() @ exact_OI)):
+            assert float((found.double() - exact).norm() / exact.norm()) < 1e-2
+
+
+def quantised_layer(weight_OI: torch.Tensor, dtype: torch.dtype) -> PaddedLinear4bit:
+    """As a base has it."""
+    linear = NamedLinear("", torch.nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta"), False)
+    layer = _empty_layer(linear, Quantisation(4), dtype, torch.uint8)
+    _quantise_into(layer, weight_OI, Quantisation(4), None)
+    return layer
 
 
 @pytest.mark.parametrize("quantisation", [Quantisation(4), Quantisation(8)], ids=str)
