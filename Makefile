@@ -107,7 +107,7 @@ merge: need-BASE need-ADAPTER need-OUT $(STAMP)  ## add an adapter to its base (
 test: $(STAMP)  ## run the tests (ARGS='tests/blocks' for some of them)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
-test-long: $(STAMP)  ## lost machines, launchers across machines, one checkpoint under every strategy, a dozen kills (about 10 minutes)
+test-long: $(STAMP)  ## lost machines, launchers across machines, one checkpoint under every strategy, a dozen kills (25 to 40 minutes; not in CI)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --long -m long -n $(JOBS) --dist loadfile --durations=15 $(ARGS)
 
 matrix: $(STAMP)  ## every strategy's checkpoint resumed under every other, on 2, 1, 2 processes; kills (15 to 20 minutes)
