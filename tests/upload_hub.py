@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 
@@ -29,6 +29,7 @@ class Hub:
     break_put: tuple[str, int] = ("", 0)
     """of a repository's uploads of weights, which one is refused, counted from 1"""
     url: str = ""
+    counting: Lock = field(default_factory=Lock)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -110,9 +111,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         content, hub = self._body(), self.hub
         name, oid = self.path.removeprefix("/lfs/").rsplit("/", 1)
-        repo = hub.repos[name]
-        repo["puts"] += 1
-        if (name, repo["puts"]) == hub.break_put:
+        with hub.counting:  # two files arrive at once, each in a thread of its own
+            hub.repos[name]["puts"] += 1
+            number = hub.repos[name]["puts"]
+        if (name, number) == hub.break_put:
             hub.events.append(("broken", oid))
             self._answer({"error": "broken off"}, 400)
             return
