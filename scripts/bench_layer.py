@@ -7,6 +7,7 @@ Forms, each with the frozen base product, forward and backward:
     own plain    lora_dist's unmasked layer, base and update in one step
     factorised   block-masked, z / u form added to the base's product in one step
     merged       block-masked, one product with W + masked BA (in 16 bits shown only for comparison: it rounds the update away)
+    triton       factorised, in one kernel (on a GPU)
     dense        block-masked, masked BA rebuilt in the backward pass, beside the base's product
     masked BA    dense masked delta under autograd, as SQFT, MaskLoRA and PERP compute it: y = x (W + mask . BA)^T
 
@@ -18,6 +19,7 @@ plain. Memory is what autograd keeps for the backward pass besides parameters. U
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -45,6 +47,13 @@ CASES = [  # (dtype, width, tokens, rank)
     ("bfloat16", 1024, 1024, 16),
     ("bfloat16", 2048, 1024, 16),
     ("bfloat16", 4096, 512, 16),
+]
+ON_GPU = [
+    ("bfloat16", 2048, 4096, 16),
+    ("bfloat16", 4096, 4096, 8),
+    ("bfloat16", 4096, 4096, 16),
+    ("bfloat16", 4096, 4096, 32),
+    ("bfloat16", 8192, 4096, 16),
 ]
 QUICK = [("float32", 256, 512, 8), ("bfloat16", 256, 512, 8)]
 
@@ -82,6 +91,9 @@ class Case:
 
     def factorised(self, x: Tensor) -> Tensor:
         return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=False)
+
+    def triton(self, x: Tensor) -> Tensor:
+        return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=False, fused=True)
 
     def merged(self, x: Tensor) -> Tensor:
         return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=True)
@@ -161,10 +173,10 @@ def main() -> int:
         f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, {'processor time' if args.shared else 'time'}; "
         f"forward + backward of one layer, medians of {args.rounds}\n"
     )
-    print("| dtype, width, tokens, rank | base ms | plain LoRA: PEFT's, own ms | factorised ms | merged ms | dense ms | masked BA ms "
-          "| auto picks | it over PEFT's plain | saved MiB: plain, own, factorised, masked BA | errors: update, worst gradient |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name, width, tokens, rank in QUICK if args.quick else CASES:
+    print("| dtype, width, tokens, rank | base ms | plain LoRA: PEFT's, own ms | factorised ms | triton ms | merged ms | dense ms "
+          "| masked BA ms | auto picks | it over PEFT's plain | saved MiB: plain, own, factorised, masked BA | errors: update, worst gradient |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for name, width, tokens, rank in QUICK if args.quick else ON_GPU if args.device == "cuda" else CASES:
         dtype = getattr(torch, name)
         case = Case(dtype, width, tokens, rank, args.device)
         forms = {
@@ -176,6 +188,8 @@ def main() -> int:
             "dense": case.dense,
             "masked_ba": case.masked_ba,
         }
+        if args.device == "cuda":
+            forms["triton"] = case.triton
         ms = measure(case, forms, args.rounds, args.device, clock)
         saved = [case.saved_mib(forms[f]) for f in ("plain", "own_plain", "factorised", "masked_ba")]
         error, worst = case.error(case.factorised)
@@ -184,7 +198,8 @@ def main() -> int:
         picks = "merged" if merges else "factorised" if factorises else "dense"
         print(
             f"| {name}, {width}, {tokens}, {rank} | {ms['base']:.1f} | {ms['plain']:.1f}, {ms['own_plain']:.1f} | {ms['factorised']:.1f} "
-            f"| {ms['merged']:.1f} | {ms['dense']:.1f} | {ms['masked_ba']:.1f} | {picks} | {ms[picks] / ms['plain']:.2f} "
+            f"| {ms.get('triton', math.nan):.1f} | {ms['merged']:.1f} "
+            f"| {ms['dense']:.1f} | {ms['masked_ba']:.1f} | {picks} | {ms[picks] / ms['plain']:.2f} "
             f"| {', '.join(f'{m:.1f}' for m in saved)} | {error:.0e}, {worst:.0e} |",
             flush=True,
         )

@@ -19,7 +19,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor, nn
 
 from lora_dist.adapter.config import PatternConfig
-from lora_dist.adapter.layer import is_factorised, kept_of, layer_mask
+from lora_dist.adapter.layer import is_factorised, is_fused, kept_of, layer_mask
 from lora_dist.adapter.product import masked_delta, masked_product
 from lora_dist.adapter.whole import TrainsWhole
 from lora_dist.blocks import Mask, is_transposed
@@ -82,8 +82,17 @@ class BlockSVDLinear(SVDLinear):
             if mask is None:
                 update = x_dropped @ A_RI.T.to(dtype) @ B_OR.T.to(dtype)
             else:
-                factorised = is_factorised(self.lora_form[adapter], mask, A_RI.shape[0], x_dropped)
-                update = masked_product(x_dropped, A_RI, B_OR, self.lora_kept[adapter], mask.block, 1.0, factorised=factorised)
+                form, rank = self.lora_form[adapter], A_RI.shape[0]
+                update = masked_product(
+                    x_dropped,
+                    A_RI,
+                    B_OR,
+                    self.lora_kept[adapter],
+                    mask.block,
+                    1.0,
+                    factorised=is_factorised(form, mask, rank, x_dropped),
+                    fused=is_fused(form, mask, rank, x_dropped),
+                )
             result = result + update * (self.scaling[adapter] / (self.ranknum[adapter] + 1e-5))
         return result.to(dtype)
 

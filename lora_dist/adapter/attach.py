@@ -109,7 +109,7 @@ def attach_adapter(
 
     Args:
         pattern: what the update must respect; None for a stock PEFT adapter. IA3 respects any and is a stock one always.
-        form: factorised, dense or auto; how a masked update is computed.
+        form: factorised, triton, dense or auto; how a masked update is computed.
         adapter_type: lora, dora, adalora, ia3, or sparse_full (`sparse.py`), which needs a pattern.
         init_lora_weights: true or gaussian, where `lora_B` is zero; pissa or pissa_niter_N (`principal.py`). All start from the base.
         adalora: PEFT's fields of that name, those that are not at their defaults.

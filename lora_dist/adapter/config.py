@@ -43,7 +43,7 @@ class PatternConfig(LoraConfig):
 
     pattern_digest: str = field(default="", metadata={"help": "Digest of the pattern that the update respects."})
     base_fingerprint: str = field(default="", metadata={"help": "Fingerprint of the base that it was trained on."})
-    form: str = field(default="auto", metadata={"help": "factorised, dense or auto: how the update is computed."})
+    form: str = field(default="auto", metadata={"help": "factorised, triton, dense or auto: how the update is computed."})
     whole_parameters: list[str] = field(
         default_factory=list, metadata={"help": "Parameters of the base that are trained whole beside it, as deltas."}
     )

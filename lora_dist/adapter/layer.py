@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora_dist.adapter.dora import BlockDoraVariant
 from lora_dist.adapter.linear import adapted_linear
 from lora_dist.adapter.product import masked_delta, masked_product, without_autocast
+from lora_dist.adapter.tiles import kernel_fits
 from lora_dist.blocks import BlockLinear, BlockMask, ElementMask, Mask, Pattern, is_transposed
 
 
@@ -43,10 +44,18 @@ def merged_is_cheaper(shape: tuple[int, int], tokens: int) -> bool:
 
 
 def is_factorised(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
-    """Which form of the product to take for `form` (factorised, dense or auto)."""
+    """Which form of the product to take for `form` (factorised, triton, dense or auto)."""
     if form != "auto":
-        return form == "factorised"
+        return form in ("factorised", "triton")
     return isinstance(mask, BlockMask) and factorised_is_cheaper(mask.shape, mask.block, rank, x.dtype, x.device.type)
+
+
+def is_fused(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
+    """Whether `triton` can be had for a layer; one whose sides are no whole tiles, or of single weights, is computed without the kernel."""
+    if form != "triton" or not isinstance(mask, BlockMask) or x.is_meta:
+        return False
+    whole = mask.shape[0] % mask.block == 0 and mask.shape[1] % mask.block == 0
+    return whole and kernel_fits(mask.block, rank)
 
 
 def layer_mask(pattern: Pattern, name: str, shape: tuple[int, int]) -> Mask | None:
@@ -161,8 +170,9 @@ class BlockLoraLinear(LoraLinear):
         kept, block = (None, 1) if mask is None else (self.lora_kept[adapter], mask.block)
         scale = self.scaling[adapter]
         unpack = getattr(base, "unpacked_OI", None)
+        fused = mask is not None and is_fused(form, mask, self.r[adapter], x)
         return adapted_linear(
-            x, base.weight, base.bias, A_RI, B_OR, kept, block, scale, merged=merged, dropped=dropped, unpack=unpack
+            x, base.weight, base.bias, A_RI, B_OR, kept, block, scale, merged=merged, dropped=dropped, unpack=unpack, fused=fused
         )
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -181,8 +191,9 @@ class BlockLoraLinear(LoraLinear):
         if mask is None:
             with without_autocast(x):
                 return nn.functional.linear(nn.functional.linear(x, A_RI.to(x.dtype)), B_OR.to(x.dtype)) * scale
-        factorised = is_factorised(self.lora_form[adapter], mask, self.r[adapter], x)
-        return masked_product(x, A_RI, B_OR, self.lora_kept[adapter], mask.block, scale, factorised=factorised)
+        form = self.lora_form[adapter]
+        factorised, fused = is_factorised(form, mask, self.r[adapter], x), is_fused(form, mask, self.r[adapter], x)
+        return masked_product(x, A_RI, B_OR, self.lora_kept[adapter], mask.block, scale, factorised=factorised, fused=fused)
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "lora_dist.", 1)

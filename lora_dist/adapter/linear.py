@@ -28,7 +28,7 @@ Unpack = Callable[[Tensor, torch.dtype], Tensor]
 
 class _AdaptedLinear(torch.autograd.Function):
     """Inputs: x_TI, what the update sees of it where that differs (dropout) or None, W_OI, bias_O or None, A_RI, B_OR, mask_PQ (bool) or None,
-    block b, scale s, whether to merge, and where W is held otherwise than as it is, what makes it so."""
+    block b, scale s, whether to merge, where W is held otherwise than as it is, what makes it so, and whether to take the kernel."""
 
     @staticmethod
     def _weight(ctx: Any, W: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, merged: bool) -> Tensor:
@@ -53,13 +53,15 @@ class _AdaptedLinear(torch.autograd.Function):
         scale: float,
         merged: bool,
         unpack: Unpack | None,
+        fused: bool,
     ) -> Tensor:
         seen_TI = x_TI if dropped_TI is None else dropped_TI
         ctx.save_for_backward(seen_TI, W, A_RI, B_OR, mask_PQ)
         ctx.block, ctx.scale, ctx.merged, ctx.unpack, ctx.dropped = block, scale, merged, unpack, dropped_TI is not None
+        ctx.fused = fused
         y_TO = linear(x_TI, _AdaptedLinear._weight(ctx, W, A_RI, B_OR, mask_PQ, merged), bias_O)
         if not merged:
-            add_update_(y_TO, seen_TI, A_RI, B_OR, mask_PQ, block, scale)
+            add_update_(y_TO, seen_TI, A_RI, B_OR, mask_PQ, block, scale, fused)
         return y_TO
 
     @staticmethod
@@ -74,8 +76,8 @@ class _AdaptedLinear(torch.autograd.Function):
             d_seen = None if again or ctx.dropped else dx
         if ctx.dropped and ctx.needs_input_grad[1]:
             d_seen = torch.zeros_like(seen_TI)
-        dA, dB = update_gradients(g_TO, seen_TI, A_RI, B_OR, mask_PQ, ctx.block, ctx.scale, d_seen)
-        return dx, d_seen if ctx.dropped else None, None, None, dA, dB, None, None, None, None, None
+        dA, dB = update_gradients(g_TO, seen_TI, A_RI, B_OR, mask_PQ, ctx.block, ctx.scale, d_seen, ctx.fused)
+        return dx, d_seen if ctx.dropped else None, None, None, dA, dB, None, None, None, None, None, None
 
 
 def adapted_linear(
@@ -91,6 +93,7 @@ def adapted_linear(
     merged: bool,
     dropped: Tensor | None = None,
     unpack: Unpack | None = None,
+    fused: bool = False,
 ) -> Tensor:
     """x W^T + bias + s dropped (mask . BA)^T for x of shape (..., I).
 
@@ -99,10 +102,11 @@ def adapted_linear(
         kept_PQ: mask of tiles; None: plain LoRA.
         merged: which form; needs a mask, and x as the update sees it.
         dropped: what the update sees of x, of its shape; None: x itself.
+        fused: the factorised form by the kernel for GPUs (`kernel.py`).
     """
     flat = None if dropped is None else dropped.reshape(-1, dropped.shape[-1])
     with without_autocast(x):
         y_TO = _AdaptedLinear.apply(
-            x.reshape(-1, x.shape[-1]), flat, weight, bias_O, A_RI, B_OR, kept_PQ, block, scale, merged, unpack
+            x.reshape(-1, x.shape[-1]), flat, weight, bias_O, A_RI, B_OR, kept_PQ, block, scale, merged, unpack, fused
         )
     return y_TO.view(*x.shape[:-1], -1)

@@ -29,14 +29,16 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 
 class _Factorised(torch.autograd.Function):
-    """See the module docstring. Inputs: x_TI, A_RI, B_OR, mask_PQ (bool), block b, scale s."""
+    """See the module docstring. Inputs: x_TI, A_RI, B_OR, mask_PQ (bool), block b, scale s, whether to take the kernel."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor, block: int, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor, block: int, scale: float, fused: bool
+    ) -> Tensor:
         ctx.save_for_backward(x_TI, A_RI, B_OR, mask_PQ)
-        ctx.block, ctx.scale = block, scale
+        ctx.block, ctx.scale, ctx.fused = block, scale, fused
         y_TO = x_TI.new_zeros((len(x_TI), B_OR.shape[0]))
-        add_update_(y_TO, x_TI, A_RI, B_OR, mask_PQ, block, scale)
+        add_update_(y_TO, x_TI, A_RI, B_OR, mask_PQ, block, scale, fused)
         return y_TO
 
     @staticmethod
@@ -44,8 +46,8 @@ class _Factorised(torch.autograd.Function):
     def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, A_RI, B_OR, mask_PQ = ctx.saved_tensors
         dx_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
-        dA, dB = update_gradients(g_TO, x_TI, A_RI, B_OR, mask_PQ, ctx.block, ctx.scale, dx_TI)
-        return dx_TI, dA, dB, None, None, None
+        dA, dB = update_gradients(g_TO, x_TI, A_RI, B_OR, mask_PQ, ctx.block, ctx.scale, dx_TI, ctx.fused)
+        return dx_TI, dA, dB, None, None, None, None
 
 
 def _mask_(weight_OI: Tensor, kept: Tensor, block: int) -> Tensor:
@@ -99,7 +101,9 @@ class _Dense(torch.autograd.Function):
         return dx, dA, dB, None, None, None
 
 
-def masked_product(x: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float, *, factorised: bool) -> Tensor:
+def masked_product(
+    x: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float, *, factorised: bool, fused: bool = False
+) -> Tensor:
     """s * x @ (mask . BA)^T for x of shape (..., I), computed in x's dtype.
 
     Args:
@@ -107,14 +111,17 @@ def masked_product(x: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: i
         kept: bool (P, Q) mask of tiles, or packed uint8 bits of an element mask.
         block: tile side.
         factorised: which form; needs a mask of tiles.
+        fused: the factorised form by the kernel for GPUs (`kernel.py`).
 
     Raises:
         ValueError: factorised form asked for with an element mask.
     """
     if factorised and kept.dtype != torch.bool:
         raise ValueError("form: found factorised with an element mask, expected dense (only whole tiles factorise)")
-    function = _Factorised if factorised else _Dense
     x_TI = x.reshape(-1, x.shape[-1])
     with without_autocast(x):  # the caller has cast x already
-        y_TO = function.apply(x_TI, A_RI, B_OR, kept, block, scale)
+        if factorised:
+            y_TO = _Factorised.apply(x_TI, A_RI, B_OR, kept, block, scale, fused)
+        else:
+            y_TO = _Dense.apply(x_TI, A_RI, B_OR, kept, block, scale)
     return y_TO.view(*x.shape[:-1], -1)

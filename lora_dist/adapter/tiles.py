@@ -7,14 +7,16 @@ With a mask of tiles (design section 3), all of it once more in the backward pas
     y[t, block p] += s B[block p, :] u[p,t,:]         (T,O)
 
 Without a mask it is plain LoRA: z = A x, y += s B z. On CPUs the masked one goes over chunks of tokens: what is between two products stays in
-the processor's cache and is not allocated anew (docs/log.md has what that is worth).
+the processor's cache and is not allocated anew (docs/log.md has what that is worth). On GPUs `kernel.py` can do all of it in one kernel.
 
 Shapes: T tokens, C tokens of a chunk, I/O in/out features, b block side, P/Q block rows/columns, R rank. Called by `linear.py` and `product.py`.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +29,26 @@ CHUNK_BYTES = {"cpu": 2**19}
 _HALF = 8
 """so many times as much in 16 bits, whose products cost more to start"""
 _LEAST_TOKENS = 32
+KERNEL_BLOCKS = (16, 32, 64)
+KERNEL_RANKS = (16, 32, 64)
 
 
-def add_update_(y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, block: int, scale: float) -> None:
-    """y += s x (mask . BA)^T, in place. Factors may be of another dtype than x."""
+def add_update_(
+    y_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    mask_PQ: Tensor | None,
+    block: int,
+    scale: float,
+    fused: bool = False,
+) -> None:
+    """y += s x (mask . BA)^T, in place. Factors may be of another dtype than x. `fused`: by the kernel, with a mask."""
+    if fused and mask_PQ is not None:
+        kernel = _kernel()
+        f_QbR, h_PRb = kernel.factors(A_RI, B_OR * scale, block, x_TI.dtype)
+        kernel.run(x_TI, f_QbR, mask_PQ, h_PRb, y_TO=y_TO)
+        return
     if mask_PQ is None:
         A_RI, B_OR = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
         _add_product_(y_TO, matmul(x_TI, A_RI.T), B_OR.T, scale)
@@ -45,9 +63,27 @@ def add_update_(y_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ:
 
 
 def update_gradients(
-    g_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None, block: int, scale: float, dx_TI: Tensor | None
+    g_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    mask_PQ: Tensor | None,
+    block: int,
+    scale: float,
+    dx_TI: Tensor | None,
+    fused: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B, in their dtypes; that of x is added to `dx_TI`, where there is one."""
+    """Gradients of A and B, in their dtypes; that of x is added to `dx_TI`, where there is one. `fused` as above."""
+    if fused and mask_PQ is not None:
+        kernel, R = _kernel(), A_RI.shape[0]
+        f_QbR, h_PRb = kernel.factors(A_RI, B_OR * scale, block, x_TI.dtype)
+        dA_QRb = kernel.run(g_TO, h_PRb.transpose(1, 2), mask_PQ.T, f_QbR.transpose(1, 2), y_TO=dx_TI, w_TO=x_TI)
+        dB_PRb = kernel.run(x_TI, f_QbR, mask_PQ, h_PRb, w_TO=g_TO)
+        dA_RI, dB_OR = (
+            dA_QRb.transpose(0, 1).reshape(-1, A_RI.shape[1]),
+            dB_PRb.transpose(1, 2).reshape(B_OR.shape[0], -1) * scale,
+        )
+        return dA_RI[:R].to(A_RI.dtype), dB_OR[:, :R].to(B_OR.dtype)
     if mask_PQ is None:
         A, B = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
         dz_TR = matmul(g_TO, B).mul_(scale)
@@ -73,6 +109,16 @@ def update_gradients(
     dA_RI = dA_QRb.transpose(0, 1).reshape(R, -1)[:, : A.shape[1]]
     dB_OR = dB_PRb.transpose(1, 2).reshape(-1, R)[: B.shape[0]] * scale
     return dA_RI.to(A_RI.dtype), dB_OR.to(B_OR.dtype)
+
+
+def kernel_fits(block: int, rank: int) -> bool:
+    """Whether there is a kernel for tiles and rank."""
+    return block in KERNEL_BLOCKS and rank <= KERNEL_RANKS[-1]
+
+
+def _kernel() -> Any:
+    """Loaded where it is asked for: it needs Triton, which torch's CUDA builds bring."""
+    return importlib.import_module("lora_dist.adapter.kernel")
 
 
 def _chunks(x_TI: Tensor, mask_PQ: Tensor, rank: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

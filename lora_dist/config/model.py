@@ -96,8 +96,8 @@ class AdapterArgs:
     """What the update respects: block (16x16 tiles; refused on a base without them), element, none (plain), auto (what the base has)."""
     block: int = 16
     """Side of a tile, where the pattern has to be found in the weights."""
-    form: Literal["auto", "factorised", "dense"] = "auto"
-    """How the masked update is computed; both are exact, auto picks the cheaper."""
+    form: Literal["auto", "factorised", "dense", "triton"] = "auto"
+    """How the masked update is computed; all are exact, auto picks the cheaper of the first two. triton: factorised, in one kernel on a GPU."""
 
     @property
     def adalora(self) -> dict[str, float]:

@@ -41,7 +41,7 @@ def attach_block_lora(
         pattern: the pattern, or the directory (or file) of its mask; None finds the tiles of zeros in the weights.
         r, lora_alpha, lora_dropout, target_modules, use_rslora: as in `peft.LoraConfig`.
         block: side of the tiles to look for.
-        form: factorised, dense or auto; how the update is computed.
+        form: factorised, triton, dense or auto; how the update is computed.
 
     Returns:
         A `peft.PeftModel`, base frozen. `save_pretrained` writes the mask beside the adapter; `merge_and_unload` keeps the zeros.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lora_dist.adapter.tiles import kernel_fits
 from lora_dist.config import ModelArgs, RunConfig, TrainArgs
 from lora_dist.engine.base import BaseAndPattern
 from lora_dist.engine.batch import BatchPlan
@@ -60,6 +61,7 @@ def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> Strategy
     problems += optimizer_problems(train, plan.name, world.device)
     problems += quantised_teacher_problems(train.distill_load_in_4bit)
     problems += compile_problems(config, plan.name)
+    problems += kernel_problems(config, world)
     offload: dict[str, str] = {}
     if plan.stage is not None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -152,12 +154,29 @@ def compile_problems(config: RunConfig, strategy: str) -> list[str]:
         "model.load_in_4bit": model.load_in_4bit,
         "model.load_in_8bit": model.load_in_8bit,
         f"the training of {config.adapter_kind}": config.adapter_kind != "lora",
+        "adapter.form triton": config.adapter.form == "triton",
     }
     return [
         f"train.torch_compile: found true with {other}, whose layers torch.compile cannot take in one piece: leave one of the two out"
         for other, is_so in found.items()
         if is_so and config.train.torch_compile
     ]
+
+
+def kernel_problems(config: RunConfig, world: World) -> list[str]:
+    """What stands against `adapter.form triton`."""
+    adapter, missing = config.adapter, []
+    if adapter.form != "triton":
+        return []
+    if world.device.type != "cuda":
+        missing.append(f"a GPU (this run computes on {world.device.type})")
+    if importlib.util.find_spec("triton") is None:
+        missing.append("the package triton (pip install triton)")
+    if config.adapter_kind not in ("lora", "adalora"):
+        missing.append(f"adapter.type lora or adalora (this run trains {config.adapter_kind})")
+    if not kernel_fits(adapter.block, adapter.r):
+        missing.append(f"tiles of 16, 32 or 64 and a rank of 64 or less (found {adapter.block} and {adapter.r})")
+    return [f"adapter.form: found triton, which needs {', '.join(missing)}: leave it at auto"] if missing else []
 
 
 def ds_config(config: RunConfig, world: World, plan: StrategyPlan, *, hidden_size: int) -> tuple[dict[str, Any], list[str]]:

@@ -11,12 +11,13 @@ WAYS = {
     "plain": "lora_dist, plain LoRA",
     "masked": "lora_dist, block-masked LoRA",
     "peft-layer": "PEFT's own LoRA layer in lora_dist's loop",
+    "masked-triton": "lora_dist, block-masked LoRA by its kernel for GPUs (adapter.form triton)",
     "masked-blocks": "lora_dist, block-masked LoRA, base stored as kept tiles (model.storage blocks)",
 }
 """What is compared, in the order in which each round runs them."""
 
 UNMASKED = ("trainer", "plain", "peft-layer")
-MASKED = ("dense-masked", "masked", "masked-blocks")
+MASKED = ("dense-masked", "masked", "masked-triton", "masked-blocks")
 """Ways of which each pair has to reach the same losses."""
 
 
@@ -115,8 +116,8 @@ def _h200() -> list[Case]:
     big: dict[str, Any] = {"context": 4096, "rows": 4, "rank": 16, "precision": "bf16", "steps": 12, "options": options}
     nf4 = {"model.load_in_4bit": True, "model.storage": "blocks"}
     return [
-        Case("width 4,096", 4096, 4, 32000, ways=_ALL, context=2048, rows=4, precision="bf16", steps=20),
-        Case("7B", 4096, 32, 32000, ways=("plain", "masked"), **big),
+        Case("width 4,096", 4096, 4, 32000, ways=(*_ALL, "masked-triton"), context=2048, rows=4, precision="bf16", steps=20),
+        Case("7B", 4096, 32, 32000, ways=("plain", "masked", "masked-triton"), **big),
         Case("7B, NF4 blocks", 4096, 32, 32000, context=1024, precision="bf16", ways=("masked",), options=nf4),
     ]
 

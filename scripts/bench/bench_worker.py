@@ -97,6 +97,8 @@ def train_options(case: Case, way: str, folder: Path, out: Path) -> list[str]:
         "train.logging_steps": 1, "train.eval_strategy": "no", "train.eval_on_start": False, "train.save_strategy": "no",
         "train.load_best_model_at_end": False, **case.options,
     }  # fmt: skip
+    if way == "masked-triton":
+        values["adapter.form"] = "triton"
     if way == "masked-blocks":
         values["model.storage"] = "blocks"
     return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]

@@ -97,3 +97,10 @@ def test_files_that_are_not_there_are_missed_before_a_model_is_loaded(tiny_base,
     with pytest.raises(UserError, match=rf"data\.{key}.*gone"):
         train(tiny_base, tiny_text, tmp_path / "out", data__format=kind, **changes)
     assert "Model loaded" not in capsys.readouterr().out
+
+
+def test_the_kernel_for_gpus_is_refused_before_anything_is_loaded(tiny_base, tiny_text, tmp_path):
+    with pytest.raises(
+        UserError, match=r"adapter.form: found triton, which needs a GPU \(this run computes on cpu\), .*rank of 64 or less"
+    ):
+        train(tiny_base, tiny_text, tmp_path / "out", adapter__form="triton", adapter__r=65, adapter__type="dora")
