@@ -174,7 +174,8 @@ def main() -> int:
         f"forward + backward of one layer, medians of {args.rounds}\n"
     )
     print("| dtype, width, tokens, rank | base ms | plain LoRA: PEFT's, own ms | factorised ms | triton ms | merged ms | dense ms "
-          "| masked BA ms | auto picks | it over PEFT's plain | saved MiB: plain, own, factorised, masked BA | errors: update, worst gradient |")  # fmt: skip
+          "| masked BA ms | auto picks | it over PEFT's plain "
+          "| saved MiB: plain, own, factorised, masked BA | errors: update, worst gradient |")  # fmt: skip
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     for name, width, tokens, rank in QUICK if args.quick else ON_GPU if args.device == "cuda" else CASES:
         dtype = getattr(torch, name)
