@@ -38,7 +38,7 @@ WARPS = 8
 
 
 @triton.jit
-def masked_update_kernel(
+def masked_update_kernel(  # type: ignore[no-untyped-def]
     x_ptr, f_ptr, mask_ptr, h_ptr, y_ptr, w_ptr, dh_ptr,
     x_stride, y_stride, w_stride, mask_row, mask_column, T, M, N, pieces,
     R: tl.constexpr, b: tl.constexpr, TOKENS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr,
