@@ -23,7 +23,7 @@ from lora_dist.models.lesson import Lesson, log_sum
 
 IGNORE = -100
 """label of a token that does not count"""
-CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 """of a chunk's logits in float32; smaller ones cost time on their device (docs/log.md)"""
 
 
