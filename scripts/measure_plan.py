@@ -173,7 +173,7 @@ def _train_options(case: Case, base: Path, out: Path) -> list[str]:
         "model.name_or_path": base, "data.dataset_name": base / "text.txt", "data.preprocessing_num_workers": 1,
         "data.cache_dir": out / "cache", "train.output_dir": out / "run", "train.max_steps": 2, "train.logging_steps": 1,
         "data.holdout_windows": 8, "train.save_strategy": "no", "train.load_best_model_at_end": False, "train.eval_strategy": "no",
-        "train.eval_steps": 1, "train.eval_on_start": False, "health.hang_timeout_s": 7200,
+        "train.eval_steps": 1, "train.eval_on_start": False, "health.hang_timeout_s": 0,
     } | case.options  # fmt: skip
     return [f"--{key}={value}" for key, value in values.items()]
 
