@@ -142,7 +142,7 @@ def main() -> int:
         "out", type=Path, help="folder for bases, results.json, table.md and plot.png; an earlier run in it goes on"
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu", help="which cases (default %(default)s)")
-    parser.add_argument("--only", help="the cases whose name contains this")
+    parser.add_argument("--only", help="the case of this name, or else the cases whose names contain it")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default %(default)s)")
     parser.add_argument(
         "--startup", action="store_true", help="also time from launch, and from resume, to the end of the first step"
@@ -155,9 +155,10 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     args = parser.parse_args()
     bench = Bench(args.out.resolve(), args.preset, shared=args.shared or args.preset == "quick")
-    cases = [case for case in PRESETS[args.preset]() if not args.only or args.only in case.name]
+    known = PRESETS[args.preset]()
+    cases = [case for case in known if case.name == args.only] or [case for case in known if not args.only or args.only in case.name]
     if not cases:
-        parser.error(f"--only: found {args.only!r}, expected part of one of: {', '.join(c.name for c in PRESETS[args.preset]())}")
+        parser.error(f"--only: found {args.only!r}, expected part of one of: {', '.join(c.name for c in known)}")
     if not args.table:
         for case in cases:
             bench.run(case, args.repeats)
