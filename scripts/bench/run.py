@@ -156,7 +156,9 @@ def main() -> int:
     args = parser.parse_args()
     bench = Bench(args.out.resolve(), args.preset, shared=args.shared or args.preset == "quick")
     known = PRESETS[args.preset]()
-    cases = [case for case in known if case.name == args.only] or [case for case in known if not args.only or args.only in case.name]
+    cases = [case for case in known if case.name == args.only] or [
+        case for case in known if not args.only or args.only in case.name
+    ]
     if not cases:
         parser.error(f"--only: found {args.only!r}, expected part of one of: {', '.join(c.name for c in known)}")
     if not args.table:
