@@ -5,7 +5,7 @@
   There, pieces of both are made float32, multiplied, and rounded once (docs/log.md).
 
 The choice depends on the processor alone, so that a run that goes on gives the same bits. Not seen by autograd: for use inside
-`torch.autograd.Function`. Called by `adapter/linear.py`, `adapter/product.py`, `adapter/tiles.py` and `models/chunked.py`.
+`torch.autograd.Function`. Called by `adapter/` (`linear.py`, `product.py`, `sparse.py`, `tiles.py`) and `models/` (`chunked.py`, `padded.py`).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from lora_dist.adapter.tiles import KERNEL_RANKS
 _TOKENS = 16
 """of a piece: the least that a tensor core takes"""
 _ACCUMULATED = 8192
-"""numbers of u in registers: with twice as many a program of 8 warps spills them (ptxas, sm_90)"""
+"""numbers of u in registers; with twice as many a program of 8 warps spills several times as much (ptxas, sm_90)"""
 _PROGRAMS = 64
 """that share the tokens; each walks over its part"""
 WARPS = 8

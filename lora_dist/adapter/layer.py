@@ -51,8 +51,9 @@ def is_factorised(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
 
 
 def is_fused(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
-    """Whether `triton` can be had for a layer; one whose sides are no whole tiles, or of single weights, is computed without the kernel."""
-    if form != "triton" or not isinstance(mask, BlockMask) or x.is_meta:
+    """Whether `triton` can be had for a layer. One whose sides are no whole tiles is computed without the kernel, as is every layer off a GPU:
+    an adapter that was trained with it is evaluated and merged anywhere (a training run is refused there)."""
+    if form != "triton" or not isinstance(mask, BlockMask) or x.device.type != "cuda":
         return False
     whole = mask.shape[0] % mask.block == 0 and mask.shape[1] % mask.block == 0
     return whole and kernel_fits(mask.block, rank)

@@ -13,6 +13,7 @@ import torch
 triton = pytest.importorskip("triton", reason="needs triton, which torch brings with CUDA only: pip install triton")
 
 from lora_dist.adapter import masked_product, tiles  # noqa: E402
+from lora_dist.adapter.layer import is_factorised, is_fused  # noqa: E402
 from lora_dist.adapter.linear import adapted_linear  # noqa: E402
 from lora_dist.blocks import BlockMask, grid  # noqa: E402
 
@@ -94,6 +95,8 @@ def test_sums_over_tokens_are_the_same_each_time(interpreted, monkeypatch):
 def test_what_has_no_kernel():
     assert tiles.kernel_fits(16, 1) and tiles.kernel_fits(64, 64)
     assert not tiles.kernel_fits(8, 16) and not tiles.kernel_fits(16, 65)
+    x, *_, mask = case((32, 32), 16, 16, 4, torch.float32)
+    assert not is_fused("triton", mask, 16, x) and is_factorised("triton", mask, 16, x)  # evaluated on a CPU
 
 
 @pytest.mark.parametrize("rank,block", [(16, 16), (32, 16), (16, 32)])
