@@ -22,8 +22,8 @@ class Hub:
     owner: str = "me"
     repos: dict[str, dict[str, Any]] = field(default_factory=dict)
     """by name: private, files (path -> content), commits (titles), puts (how many)"""
-    blobs: dict[str, bytes] = field(default_factory=dict)
-    """uploaded weights by sha256"""
+    blobs: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    """uploaded weights by repository and sha256"""
     events: list[tuple[str, str]] = field(default_factory=list)
     """in order: (put or broken, sha256 of the weights), (commit, repository)"""
     break_put: tuple[str, int] = ("", 0)
@@ -87,7 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
             objects = []
             for wanted in json.loads(body)["objects"]:
                 oid = wanted["oid"]
-                upload = {"actions": {"upload": {"href": f"{hub.url}/lfs/{found[1]}/{oid}"}}} if oid not in hub.blobs else {}
+                upload = (
+                    {"actions": {"upload": {"href": f"{hub.url}/lfs/{found[1]}/{oid}"}}}
+                    if (found[1], oid) not in hub.blobs
+                    else {}
+                )
                 objects.append({"oid": oid, "size": wanted["size"], **upload})
             self._answer({"transfer": "basic", "objects": objects})
         elif found := re.fullmatch(r"/api/models/([\w./-]+)/commit/main", self.path):
@@ -105,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "file":
                 repo["files"][value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                repo["files"][value["path"]] = self.hub.blobs[value["oid"]]
+                repo["files"][value["path"]] = self.hub.blobs[name, value["oid"]]
         self._answer({"commitUrl": f"{self.hub.url}/{name}/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True})
 
     def do_PUT(self) -> None:
@@ -120,7 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         hub.events.append(("put", oid))
         assert hashlib.sha256(content).hexdigest() == oid
-        hub.blobs[oid] = content
+        hub.blobs[name, oid] = content
         self._answer({})
 
 
