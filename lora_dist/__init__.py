@@ -8,11 +8,13 @@ names are loaded when first used, and PEFT (seconds to import) is told of the ad
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -57,14 +59,15 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(_HOME[name]), name)
 
 
-class _TellPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports `peft` as usual, then `lora_dist.adapter`, whose import registers the adapter type."""
+class _Around(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Has a module imported as usual, but calls `before` first, and what that returns afterwards."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, before: Callable[[], Callable[[], object]]) -> None:
+        self._name, self._before = name, before
         self._loader: importlib.abc.Loader | None = None
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != "peft":
+        if name != self._name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -79,11 +82,37 @@ class _TellPeft(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert self._loader is not None and module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        importlib.import_module("lora_dist.adapter")
+        after = self._before()
+        try:
+            self._loader.exec_module(module)
+        finally:
+            after()
+
+
+def _compile_when_called() -> Callable[[], None]:
+    """bitsandbytes hands functions to `torch.compile` while it is imported, which imports the compiler, seconds long, for functions that
+    hardly a run calls. Until the returned function is called, `torch.compile` is one that compiles at the first call."""
+    import torch
+
+    compile_now = torch.compile
+
+    def compile_later(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        compiled = functools.cache(lambda: compile_now(function, **options))
+        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
+
+    def restore() -> None:
+        torch.compile = compile_now
+
+    torch.compile = compile_later  # type: ignore[assignment]
+    return restore
+
+
+def _tell_peft() -> Callable[[], object]:
+    return lambda: importlib.import_module("lora_dist.adapter")
 
 
 if "peft" in sys.modules:
     importlib.import_module("lora_dist.adapter")
 else:
-    sys.meta_path.insert(0, _TellPeft())
+    sys.meta_path.insert(0, _Around("peft", _tell_peft))
+sys.meta_path.insert(0, _Around("bitsandbytes.backends.default.ops", _compile_when_called))

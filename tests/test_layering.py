@@ -200,12 +200,16 @@ def test_every_file_was_walked() -> None:
     assert {"blocks", "adapter", "engine", "cli"} <= rooms <= set(LEVELS)
 
 
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "sklearn", "scipy.stats", "deepspeed", "wandb", "matplotlib")
+HEAVY += ("torch._inductor.compile_fx",)
+
+
 def _loads(code: str) -> set[str]:
     """Return which heavy libraries a fresh Python has loaded after running `code`."""
     probe = textwrap.dedent(code) + textwrap.dedent(
-        """
+        f"""
         import sys
-        print("LOADED", *(n for n in ("torch", "transformers", "peft", "accelerate", "datasets") if n in sys.modules))
+        print("LOADED", *(n for n in {HEAVY!r} if n in sys.modules))
         """
     )
     result = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -216,6 +220,20 @@ def _loads(code: str) -> set[str]:
 def test_the_bare_package_loads_nothing_heavy() -> None:
     """`import lora_dist` is cheap; its public names load what they need when they are asked for."""
     assert _loads(f"import {PACKAGE}") == set()
+
+
+def test_a_run_loads_what_it_needs_only() -> None:
+    """bitsandbytes, which PEFT imports, hands functions to torch.compile; they are compiled where they are called, after its import too."""
+    code = f"""
+        import {PACKAGE}.engine.train, bitsandbytes, torch
+        assert torch.compile.__module__ == "torch", torch.compile
+        restore = {PACKAGE}._compile_when_called()
+        doubled = torch.compile(lambda x: 2 * x, backend="eager")
+        restore()
+        assert torch.compile.__module__ == "torch", torch.compile
+        assert doubled(torch.ones(2)).tolist() == [2, 2] and doubled(torch.ones(2)).tolist() == [2, 2]
+        """
+    assert _loads(code) == {"torch", "transformers", "peft", "accelerate", "datasets"}
 
 
 @pytest.mark.skipif(not (ROOT / PACKAGE / "__main__.py").exists(), reason="no command yet")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lora_dist.arguments import EvalArgs
 from lora_dist.cli.options import Verb, parse
+from lora_dist.process import heavy_imports
 
 
 def main(argv: Sequence[str]) -> int:
@@ -22,7 +23,8 @@ def run(args: EvalArgs) -> int:
 
 def report(args: EvalArgs) -> int:
     """A report of one model or several; 1 where some of it failed."""
-    from lora_dist.engine.report import evaluate_models
+    with heavy_imports():
+        from lora_dist.engine.report import evaluate_models
     from lora_dist.monitor.console import Console
     from lora_dist.parallel import close_world, init_world
 
@@ -35,7 +37,8 @@ def report(args: EvalArgs) -> int:
 
 def loss(args: EvalArgs) -> int:
     """Loss and perplexity over packed windows."""
-    from lora_dist.engine.evaluate import evaluate
+    with heavy_imports():
+        from lora_dist.engine.evaluate import evaluate
     from lora_dist.evaluation.table import finite
     from lora_dist.log import UserError
     from lora_dist.monitor.advice import perplexity_band

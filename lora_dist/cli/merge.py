@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from lora_dist.arguments import MergeArgs
 from lora_dist.cli.options import Verb, names, parse
+from lora_dist.process import heavy_imports
 
 
 def main(argv: Sequence[str]) -> int:
     verb = Verb("lora-dist merge", MergeArgs.__doc__ or "", positionals=("base", "adapter", "out"))
     args = parse(MergeArgs, argv, verb)
-    from lora_dist.engine.merge import merge
+    with heavy_imports():
+        from lora_dist.engine.merge import merge
     from lora_dist.parallel import close_world, init_world
 
     world = init_world(device=args.device, always=args.strategy != "ddp")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_dist.arguments import PruneArgs
 from lora_dist.cli.options import Verb, names, parse
+from lora_dist.process import heavy_imports
 
 if TYPE_CHECKING:
     from lora_dist.engine.prune import PruneResult
@@ -19,7 +20,8 @@ def main(argv: Sequence[str]) -> int:
 
 def run(args: PruneArgs) -> PruneResult | None:
     """Prune, on all processes that a launcher started; the result, on rank 0."""
-    from lora_dist.engine.prune import prune_model
+    with heavy_imports():
+        from lora_dist.engine.prune import prune_model
     from lora_dist.parallel import close_world, init_world
 
     with names(parallel_device="device"):

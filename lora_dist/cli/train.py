@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lora_dist.cli.options import Verb, parse
 from lora_dist.config import RunConfig
 from lora_dist.log import UserError
+from lora_dist.process import heavy_imports
 
 if TYPE_CHECKING:
     from lora_dist.parallel import World
@@ -55,7 +56,8 @@ def without_launcher_flags(argv: Sequence[str]) -> list[str]:
 
 def run(config: RunConfig) -> int:
     """Train by a checked configuration; the exit code. Used by the scripts' front ends too."""
-    from lora_dist.engine.train import train
+    with heavy_imports():
+        from lora_dist.engine.train import train
 
     with joined(config) as world:
         resolve_layers(config, world)

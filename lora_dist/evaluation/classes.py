@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 
 from lora_dist.data.rows import RowBatch
@@ -84,10 +82,14 @@ def evaluate_classes(
 def measure(name: str, targets_N: np.ndarray, predicted_N: np.ndarray) -> float:
     """A metric by its name. F1 is of label 1 where there are two labels, as GLUE has it, else the mean over labels; a correlation
     with predictions that are all equal is 0."""
+    from scipy.stats import ConstantInputWarning, pearsonr, spearmanr  # two seconds that other runs do without
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    two = max(targets_N.max(), predicted_N.max()) <= 1
     measures: dict[str, Callable[..., Any]] = {
         "accuracy": accuracy_score,
         "matthews_correlation": matthews_corrcoef,
-        "f1": _f1,
+        "f1": lambda a, b: f1_score(a, b, average="binary" if two else "macro", zero_division=0.0),
         "pearson": lambda a, b: pearsonr(a, b).statistic,
         "spearmanr": lambda a, b: spearmanr(a, b).statistic,
     }
@@ -95,8 +97,3 @@ def measure(name: str, targets_N: np.ndarray, predicted_N: np.ndarray) -> float:
         warnings.simplefilter("ignore", ConstantInputWarning)
         value = float(measures[name](targets_N, predicted_N))
     return value if np.isfinite(value) else 0.0
-
-
-def _f1(targets_N: np.ndarray, predicted_N: np.ndarray) -> float:
-    two = max(targets_N.max(), predicted_N.max()) <= 1
-    return float(f1_score(targets_N, predicted_N, average="binary" if two else "macro", zero_division=0.0))
