@@ -57,15 +57,14 @@ def parse(cls: type[C], argv: Sequence[str], verb: Verb) -> C:
         UserError: unknown or ill-typed keys (with the nearest name) and values that the class's own `problems()` refuses,
             all together.
     """
-    parser = _parser(cls, verb)
     if any(token in ("-h", "--help") for token in argv):
-        print(_help(parser, verb))
+        print(_help(_parser(cls, verb), verb))
         raise SystemExit(0)
     print_config = "--print_config" in argv
     problems: list[str] = []
     values: dict[str, Any] = {}
     for key, value, is_text in _settings([t for t in argv if t != "--print_config"], cls, verb, problems):
-        problem = _check(parser, cls, key, value, is_text, values)
+        problem = _check(cls, key, value, is_text, values)
         if problem:
             problems.append(problem)
     config = _instantiate(cls, values, verb.sections)
@@ -211,24 +210,20 @@ def _unknown(key: str, keys: Mapping[str, Any]) -> str:
     return f"{key}: unknown key; --help lists them"
 
 
-def _check(parser: ArgumentParser, cls: type, key: str, value: Any, is_text: bool, values: dict[str, Any]) -> str | None:
-    """Convert one setting into `values`, or say what is wrong with it."""
+def _check(cls: type, key: str, value: Any, is_text: bool, values: dict[str, Any]) -> str | None:
+    """Convert one setting into `values`, or say what is wrong with it. By a parser of its own: one with all options looks at all."""
     hint = _keys(cls, "." in key)[key]
     if typing.get_origin(hint) is list and isinstance(value, str) and not value.startswith("["):
         value, is_text = [part.strip() for part in value.split(",") if part.strip()], False
     if hint in (float, int) and isinstance(value, str):  # YAML 1.1 reads 1e-4 as text
         is_text = True
+    parser = ArgumentParser(exit_on_error=False, default_env=False)
+    parser.add_argument("--value", type=hint)
     try:
-        if is_text:
-            parsed = parser.parse_args([f"--{key}={value}"])
-        else:
-            nested: Any = value
-            for part in reversed(key.split(".")):
-                nested = {part: nested}
-            parsed = parser.parse_object(nested)
+        parsed = parser.parse_args([f"--value={value}"]) if is_text else parser.parse_object({"value": value})
     except (argparse.ArgumentError, SystemExit):
         return f"{key}: found {value!r}, expected {describe_type(hint)}"
-    values[key] = parsed[key]
+    values[key] = parsed["value"]
     return None
 
 
