@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,13 +41,30 @@ ONEDNN_IS_FASTER = _onednn_is_faster()
 """a plain constant, which torch.compile can see"""
 EMULATED = _without_products()
 """likewise"""
+_meta_is = "meta"
 _PIECE_ROWS = 512
 _PIECE_WEIGHTS = 2**20
 
 
+def device_type(x: Tensor) -> str:
+    """Where x is, or is thought to be."""
+    return _meta_is if x.is_meta else x.device.type
+
+
+@contextmanager
+def meta_is(device_type: str) -> Iterator[None]:
+    """What the block computes on the meta device goes the ways, and allocates the pieces, of another device: for a rehearsal."""
+    global _meta_is
+    before, _meta_is = _meta_is, device_type
+    try:
+        yield
+    finally:
+        _meta_is = before
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What products of x are best computed in: its own, or float32 where the processor has no other."""
-    return torch.float32 if x.dtype in EMULATED and x.device.type == "cpu" else x.dtype
+    return torch.float32 if x.dtype in EMULATED and device_type(x) == "cpu" else x.dtype
 
 
 def _by_onednn(x: Tensor) -> bool:
@@ -75,15 +93,16 @@ def matmul(x_TK: Tensor, weight_KN: Tensor) -> Tensor:
     if compute_dtype(x_TK) == x_TK.dtype:
         return x_TK @ weight_KN
     y_TN = x_TK.new_empty((len(x_TK), weight_KN.shape[1]))
-    for rows in _slices(len(x_TK), _PIECE_ROWS):
+    for rows in pieces(x_TK, len(x_TK), _PIECE_ROWS):
         wide_CK = x_TK[rows].float()
-        for columns in _slices(weight_KN.shape[1], max(16, _PIECE_WEIGHTS // max(1, len(weight_KN)))):
+        for columns in pieces(x_TK, weight_KN.shape[1], max(16, _PIECE_WEIGHTS // max(1, len(weight_KN)))):
             y_TN[rows, columns] = wide_CK @ weight_KN[:, columns].float()
     return y_TN
 
 
-def _slices(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, length)) for start in range(0, length, size))
+def pieces(x: Tensor, length: int, size: int) -> Iterator[slice]:
+    """Slices of `size` that make up `length`; on the meta device the first two only, which need as much memory as all."""
+    return (slice(start, min(start + size, length)) for start in range(0, min(length, 2 * size) if x.is_meta else length, size))
 
 
 @torch.library.custom_op("lora_dist::onednn_linear", mutates_args=())

@@ -19,6 +19,7 @@ from lora_dist.adapter.linear import adapted_linear
 from lora_dist.adapter.product import masked_delta, masked_product, without_autocast
 from lora_dist.adapter.tiles import kernel_fits
 from lora_dist.blocks import BlockLinear, BlockMask, ElementMask, Mask, Pattern, is_transposed
+from lora_dist.gemm import device_type
 
 
 def factorised_is_cheaper(shape: tuple[int, int], block: int, rank: int, dtype: torch.dtype, device_type: str) -> bool:
@@ -47,7 +48,7 @@ def is_factorised(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
     """Which form of the product to take for `form` (factorised, triton, dense or auto)."""
     if form != "auto":
         return form in ("factorised", "triton")
-    return isinstance(mask, BlockMask) and factorised_is_cheaper(mask.shape, mask.block, rank, x.dtype, x.device.type)
+    return isinstance(mask, BlockMask) and factorised_is_cheaper(mask.shape, mask.block, rank, x.dtype, device_type(x))
 
 
 def is_fused(form: str, mask: Mask, rank: int, x: Tensor) -> bool:

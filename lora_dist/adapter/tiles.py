@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_dist.gemm import compute_dtype, matmul
+from lora_dist.gemm import compute_dtype, device_type, matmul, pieces
 
 CHUNK_BYTES = {"cpu": 2**19}
 """of z, and of u, of a chunk in 32 bits; devices that are not named take all tokens at once"""
@@ -124,14 +124,14 @@ def _kernel() -> Any:
 def _chunks(x_TI: Tensor, mask_PQ: Tensor, rank: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows of x, and room for their z (Q,C,R) and u (P,C,R), of the mask's dtype."""
     (P, Q), T = mask_PQ.shape, len(x_TI)
-    chunk_bytes = CHUNK_BYTES.get(x_TI.device.type)
+    chunk_bytes = CHUNK_BYTES.get(device_type(x_TI))
     if chunk_bytes is not None and mask_PQ.element_size() == 2:
         chunk_bytes *= _HALF
     C = T if chunk_bytes is None else min(T, max(_LEAST_TOKENS, chunk_bytes // (max(P, Q) * rank * mask_PQ.element_size())))
     z, u = mask_PQ.new_empty(Q * C * rank), mask_PQ.new_empty(P * C * rank)
-    for start in range(0, T, max(1, C)):
-        c = min(C, T - start)
-        yield slice(start, start + c), z[: Q * c * rank].view(Q, c, rank), u[: P * c * rank].view(P, c, rank)
+    for rows in pieces(x_TI, T, max(1, C)):
+        c = rows.stop - rows.start
+        yield rows, z[: Q * c * rank].view(Q, c, rank), u[: P * c * rank].view(P, c, rank)
 
 
 def _add_product_(y_TN: Tensor, x_TK: Tensor, weight_KN: Tensor, scale: float) -> None:

@@ -153,12 +153,13 @@ def test_a_choice_fits_by_what_it_gives_up(small: Path, rehearsal: Rehearsal) ->
     options = {"train__per_device_train_batch_size": 8, "train__eval_strategy": "no"}
     roomy = _planner(small, rehearsal, GIB, **options)
     configured = roomy.work_out(roomy.configured()).memory.total
-    planner = _planner(small, rehearsal, configured * 2 // 3, **options)
+    limit = configured * 5 // 6
+    planner = _planner(small, rehearsal, limit, **options)
     best = planner.best(planner.all())
-    assert best is not None and best.fits and best.memory.total <= configured * 2 // 3
+    assert best is not None and best.fits and best.memory.total <= limit
     assert best.choice != planner.configured()
     remedies = planner.remedies(planner.configured())
-    assert remedies and all(gib * GIB <= configured * 2 // 3 for _, gib in remedies)
+    assert remedies and all(gib * GIB <= limit for _, gib in remedies)
     assert remedies[0][0].startswith("--train.per_device_train_batch_size 4 --train.gradient_accumulation_steps 2")
 
 

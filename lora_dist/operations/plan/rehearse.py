@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_dist.adapter import BlockLoraLinear, attach_adapter
+from lora_dist.adapter import attach_adapter
 from lora_dist.adapter.heads import class_targets, float_heads
-from lora_dist.adapter.layer import factorised_is_cheaper
 from lora_dist.blocks import BlockMask, NamedLinear, Pattern, grid
 from lora_dist.config import RunConfig
 from lora_dist.models.architecture import decoder_layers, prunable_linears, shard_units
@@ -257,9 +256,7 @@ class Rehearsal:
             if self.blueprint.head is None and self._config.train.cross_entropy != "logits":
                 put_chunked_head(base)
             model = _with_adapter(self._config, self.blueprint, base, pattern, [linear.name for linear in linears])
-            device_type = "cuda" if self._cuda else "cpu"
-            _choose_forms(model, compute_dtype(kind), device_type)
-            _choose_cross_entropy(model, device_type)
+            _choose_cross_entropy(model, self._cuda)
             self._models[key] = model
         return self._models[key]
 
@@ -306,27 +303,13 @@ def _with_adapter(config: RunConfig, blueprint: Blueprint, base: Any, pattern: P
     return model.to("meta")
 
 
-def _choose_forms(model: Any, dtype: torch.dtype, device_type: str) -> None:
-    """Which form of the masked product `auto` takes in 16 bits depends on the device that is planned for, not on the meta device."""
-    if dtype == torch.float32:
-        return
-    for layer in model.modules():
-        if not isinstance(layer, BlockLoraLinear):
-            continue
-        for name, form in layer.lora_form.items():
-            mask = layer.lora_mask[name]
-            if form == "auto" and isinstance(mask, BlockMask):
-                cheaper = factorised_is_cheaper(mask.shape, mask.block, layer.r[name], dtype, device_type)
-                layer.lora_form[name] = "factorised" if cheaper else "dense"
-
-
-def _choose_cross_entropy(model: Any, device_type: str) -> None:
+def _choose_cross_entropy(model: Any, cuda: bool) -> None:
     """By chunks where a run would: where the model gives out what its head computed, as it is."""
     head = chunked_head(model)
     if head is None:
         return
     head.chunk_bytes = _ONE_CHUNK
-    head.chunked = gives_out_as_computed(model, head, DeviceKernels(device_type == "cuda"))
+    head.chunked = gives_out_as_computed(model, head, DeviceKernels(cuda))
 
 
 def _set_checkpointing(model: Any, on: bool, kernels: Callable[[], DeviceKernels]) -> None:

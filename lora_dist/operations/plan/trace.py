@@ -21,9 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lora_dist import gemm
+
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 _CODE_BYTES = 650_000
 """oneDNN on a CPU writes a kernel for every shape of a bfloat16 product, and keeps it (docs/plan.md)"""
+_PACKED_BYTES = 6 * 2**20
+"""what a thread of MKL keeps to copy the operands of its products into; measured, 1 to 6 MiB (docs/plan.md)"""
 
 Phase = Literal["layers", "head"]
 """layers: anything up to the last layer's output, and its backward pass; head: what stands on it, logits and loss"""
@@ -79,16 +83,24 @@ class _Allocations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return self._answer
-        if func in _PRODUCTS and not self._cuda and args[-1].dtype == torch.bfloat16:
-            kernel = tuple((each.shape, each.stride()) for each in args[-2:])
-            if kernel not in self._kernels:
-                self._kernels.add(kernel)
-                self._count.live += _CODE_BYTES
+        if func in _PRODUCTS and not self._cuda:
+            self._note_kernel(*args[-2:])
         result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 self._see(tensor)
         return result
+
+    def _note_kernel(self, a: Tensor, b: Tensor) -> None:
+        """What a CPU's libraries keep from the first product (of a kind) on."""
+        if b.dtype == torch.bfloat16 and b.dtype not in gemm.EMULATED:
+            kernel: Any = tuple((each.shape, each.stride()) for each in (a, b))
+            size = _CODE_BYTES
+        else:
+            kernel, size = b.dtype, _PACKED_BYTES
+        if kernel not in self._kernels:
+            self._kernels.add(kernel)
+            self._count.live += size
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -311,7 +323,7 @@ def trace(
             parameter.grad = torch.zeros_like(parameter)
     known = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
     hooks = [*(hook for each in gatherings for hook in each.hooks()), *phases.hooks(layers)]
-    with _hooked(hooks), torch.set_grad_enabled(train), kernels:
+    with _hooked(hooks), torch.set_grad_enabled(train), kernels, gemm.meta_is("cuda" if kernels.cuda else "cpu"):
         # Autograd works in this thread, where these modes are in force.
         with torch.autograd.set_multithreading_enabled(False), _Allocations(count, known, vocabulary, not padded, kernels.cuda):
             total = loss()
