@@ -1,6 +1,7 @@
 """`x W^T` and `x W` on CPUs by whichever way torch has that is fastest; elsewhere torch's own choice.
 
-- float32: torch takes products to MKL, which is tuned for Intel's processors; on AMD's with AVX-512, oneDNN's are a fifth faster.
+- float32: torch takes products to MKL, which is tuned for Intel's processors; on AMD's, oneDNN's are faster with AVX-512 (by a fifth), and
+  without it for few rows and a wide weight, as a chunk of a loss is.
 - 16 bits on processors that cannot multiply them: torch's own loops take x W at a two-hundredth of float32's speed and x W^T at a sixth.
   There, pieces of both are made float32, multiplied, and rounded once (docs/log.md).
 
@@ -20,11 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def _onednn_is_faster() -> bool:
-    """On this machine's processor, in float32."""
+def _onednn_is_faster() -> tuple[bool, bool]:
+    """On this machine's processor, in float32: for all products, and for few rows by a wide weight."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 has no such function
-    amd = str(capabilities.get("cpu_name", "")).startswith("AMD") and bool(capabilities.get("avx512_f"))
-    return amd and bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    amd = there and str(capabilities.get("cpu_name", "")).startswith("AMD")
+    return amd and bool(capabilities.get("avx512_f")), amd
 
 
 def _without_products() -> tuple[torch.dtype, ...]:
@@ -37,8 +39,9 @@ def _without_products() -> tuple[torch.dtype, ...]:
     )
 
 
-ONEDNN_IS_FASTER = _onednn_is_faster()
-"""a plain constant, which torch.compile can see"""
+ONEDNN_IS_FASTER, ONEDNN_IS_FASTER_FOR_FEW = _onednn_is_faster()
+"""plain constants, which torch.compile can see"""
+_FEW_ROWS = range(64, 257)
 EMULATED = _without_products()
 """likewise"""
 _meta_is = "meta"
@@ -67,13 +70,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float32 if x.dtype in EMULATED and device_type(x) == "cpu" else x.dtype
 
 
-def _by_onednn(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and ONEDNN_IS_FASTER and bool(torch.backends.mkldnn.enabled)
+def _by_onednn(x: Tensor, columns: int = 0) -> bool:
+    few = ONEDNN_IS_FASTER_FOR_FEW and len(x) in _FEW_ROWS and columns >= 16 * len(x)
+    return (
+        x.dtype == torch.float32 and x.device.type == "cpu" and (ONEDNN_IS_FASTER or few) and bool(torch.backends.mkldnn.enabled)
+    )
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """(T, O): x W^T + bias, of one dtype."""
-    if _by_onednn(x_TI):
+    if _by_onednn(x_TI, len(weight_OI)):
         if torch.compiler.is_compiling():
             return _opaque(x_TI, weight_OI, bias_O)
         return torch.ops.mkldnn._linear_pointwise(x_TI, weight_OI, bias_O, "none", [], "")

@@ -28,6 +28,23 @@ def test_products_equal_torchs(dtype, biased, onednn, monkeypatch):
         assert float((mine.double() - reference).norm() / reference.norm()) < tolerance
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "few"), [(64, 1024, True), (256, 4096, True), (63, 4096, False), (257, 8192, False), (64, 1023, False)]
+)
+def test_few_rows_by_a_wide_weight_take_onednn(rows, columns, few, monkeypatch):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch is built without oneDNN")
+    monkeypatch.setattr(gemm, "ONEDNN_IS_FASTER", False)
+    monkeypatch.setattr(gemm, "ONEDNN_IS_FASTER_FOR_FEW", True)
+    generator = torch.Generator().manual_seed(0)
+    x, W = (torch.randn(n, 24, generator=generator) for n in (rows, columns))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        y = gemm.linear(x, W)
+    assert any("_linear_pointwise" in event.key for event in profile.key_averages()) == few
+    exact = x.double() @ W.double().T
+    assert float((y.double() - exact).norm() / exact.norm()) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("emulated", [True, False])
 def test_16_bit_products_are_rounded_once_in_however_many_pieces(dtype, emulated, monkeypatch):

@@ -18,13 +18,25 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lora_dist.gemm import linear, product
+from lora_dist.gemm import device_type, linear, product
 from lora_dist.models.lesson import Lesson, log_sum
 
 IGNORE = -100
 """label of a token that does not count"""
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""of a chunk's logits in float32; smaller ones cost time on their device (docs/log.md)"""
+"""of a chunk's shares in float32, which its logits lie beside; smaller ones cost time on their device (docs/log.md)"""
+
+
+def chunk_rows(hidden_TH: Tensor, vocabulary: int, chunk_bytes: int, *, lesson: bool = False) -> int:
+    """Tokens of a chunk: as many as its bytes have room for. Without shares beside the logits, twice as many, a teacher's half as many; in
+    multiples of 64, which products like."""
+    rows = chunk_bytes // ((8 if lesson else 2 if shares_in_place(hidden_TH) else 4) * vocabulary)
+    return max(1, min(rows // 64 * 64 or rows, len(hidden_TH)))
+
+
+def shares_in_place(hidden_TH: Tensor) -> bool:
+    """Whether a softmax of logits takes their place: on CPUs in float32."""
+    return hidden_TH.dtype == torch.float32 and device_type(hidden_TH) == "cpu"
 
 
 class _ChunkedSum(torch.autograd.Function):
@@ -46,27 +58,31 @@ class _ChunkedSum(torch.autograd.Function):
         kept = torch.float32 if hidden_TH.dtype == torch.float16 else hidden_TH.dtype
         grad_TH = torch.empty_like(hidden_TH, dtype=kept) if ctx.needs_input_grad[0] else None
         T, V = len(hidden_TH), weight_VH.shape[0]
-        rows = max(1, min(chunk_bytes // ((4 if lesson is None else 8) * V), T))  # a teacher's chunk is as large again
+        rows = chunk_rows(hidden_TH, V, chunk_bytes, lesson=lesson is not None)
+        in_place = lesson is None and shares_in_place(hidden_TH)
         # Kept from chunk to chunk: memory that a CPU hands out anew has to be zeroed first.
-        shares_buffer = hidden_TH.new_empty((rows, V), dtype=torch.float32)
+        shares_buffer = hidden_TH.new_empty((0 if in_place else rows, V), dtype=torch.float32)
         soft_buffer = torch.empty_like(shares_buffer) if lesson is not None and lesson.temperature != 1 else shares_buffer
         for start in range(0, T, rows):
             hidden_CH, targets_C1 = hidden_TH[start : start + rows], targets_T[start : start + rows, None]
-            shares_CV, soft_CV = shares_buffer[: len(hidden_CH)], soft_buffer[: len(hidden_CH)]
             logits_CV = linear(hidden_CH, weight_VH, bias_V)
+            shares_CV = logits_CV if in_place else shares_buffer[: len(hidden_CH)]
+            soft_CV = shares_CV if in_place else soft_buffer[: len(hidden_CH)]
             if soft_CV is not shares_CV and lesson is not None:
                 torch.softmax(shares_CV.copy_(logits_CV).div_(lesson.temperature), -1, out=soft_CV)
+            largest_C1, of_targets_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, targets_C1).float()
             torch.softmax(logits_CV, -1, dtype=torch.float32, out=shares_CV)
             # no further pass that writes (C, V)
-            total += (log_sum(logits_CV, shares_CV, 1.0) - logits_CV.gather(1, targets_C1).float()).sum()
+            total += (log_sum(largest_C1, shares_CV) - of_targets_C1).sum()
             if lesson is not None:
                 divergence += _mix(lesson, start, logits_CV, shares_CV, soft_CV, targets_C1)
             elif grad_TH is not None:
                 shares_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=torch.float32))  # less one-hot
             if grad_TH is not None:
-                grad_CH = product(logits_CV.copy_(shares_CV), weight_VH)  # in the weights' dtype, in the logits' place
-                grad_TH[start : start + rows] = grad_CH
-            del logits_CV  # before the next chunk's are made
+                if not in_place:
+                    logits_CV.copy_(shares_CV)  # in the weights' dtype
+                grad_TH[start : start + rows] = product(logits_CV, weight_VH)
+            del logits_CV, shares_CV, soft_CV  # before the next chunk's are made
         ctx.save_for_backward(grad_TH)
         ctx.dtype = hidden_TH.dtype
         return total if lesson is None else lesson.note(total, divergence)

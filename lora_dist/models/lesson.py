@@ -66,9 +66,9 @@ class Lesson(ABC):
         """KL(p || q) of the student's whole logits, summed, float32, with a gradient."""
 
 
-def log_sum(logits_CV: Tensor, shares_CV: Tensor, temperature: float) -> Tensor:
-    """(C, 1): log of the sum of exp(logits / T), given its softmax: by the largest share, which is 1 / V at least."""
-    return logits_CV.amax(-1, keepdim=True).float() / temperature - shares_CV.amax(-1, keepdim=True).log()
+def log_sum(largest_C1: Tensor, shares_CV: Tensor, temperature: float = 1.0) -> Tensor:
+    """(C, 1): log of the sum of exp(logits / T), given the largest logit and the softmax: by the largest share, which is 1 / V at least."""
+    return largest_C1.float() / temperature - shares_CV.amax(-1, keepdim=True).log()
 
 
 class WholeLesson(Lesson):
@@ -108,7 +108,7 @@ class WholeLesson(Lesson):
         if T != 1:
             scaled_CV.div_(T)
         torch.softmax(scaled_CV, -1, out=p_CV)
-        kl = (log_sum(logits_CV, q_CV, T) - log_sum(scaled_CV, p_CV, 1.0)).sum()
+        kl = (log_sum(logits_CV.amax(-1, keepdim=True), q_CV, T) - log_sum(scaled_CV.amax(-1, keepdim=True), p_CV)).sum()
         q_CV.sub_(p_CV, alpha=share)
         return kl + scaled_CV.sub_(logits_CV, alpha=1 / T).mul_(p_CV).sum()
 
@@ -157,7 +157,7 @@ class TopLesson(Lesson):
         part = slice(start, start + len(logits_CV))
         index_CK, log_p_CK, log_rest_C1 = self._index_NK[part], self._log_p_NK[part], self._log_rest_N1[part]
         p_CK, rest_C1 = log_p_CK.exp(), log_rest_C1.exp()
-        total_C1 = log_sum(logits_CV, q_CV, self.temperature)
+        total_C1 = log_sum(logits_CV.amax(-1, keepdim=True), q_CV, self.temperature)
         log_q_CK = logits_CV.gather(1, index_CK).float() / self.temperature - total_C1
         q_CK = q_CV.gather(1, index_CK)
         q_CV.scatter_(1, index_CK, 0.0)

@@ -52,13 +52,24 @@ def loss_and_gradients(model: Any) -> tuple[float, dict[str, Tensor]]:
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_are_those_of_logits(kind: str, dtype: torch.dtype, tolerance: float, monkeypatch: Any) -> None:
-    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", 4 * VOCABULARY * 7)  # 7 tokens: several chunks, the last one smaller
+    bytes_ = (2 if dtype == torch.float32 else 4) * VOCABULARY * 7  # 7 tokens: several chunks, the last one smaller
+    monkeypatch.setitem(chunked.CHUNK_BYTES, "cpu", bytes_)
     expected, grads = loss_and_gradients(tuned(kind, dtype, chunks=False))
     found, chunked_grads = loss_and_gradients(tuned(kind, dtype, chunks=True))
     assert found == pytest.approx(expected, rel=tolerance / 10)
     assert grads.keys() == chunked_grads.keys() and grads
     for name, gradient in grads.items():
         assert float((chunked_grads[name] - gradient).norm()) <= tolerance * float(gradient.norm()) + 1e-7, name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lesson", "rows"),
+    [(torch.float32, False, 256), (torch.float32, True, 64), (torch.bfloat16, False, 128), (torch.bfloat16, True, 64)],
+)
+def test_a_chunk_is_what_its_bytes_have_room_for(dtype: torch.dtype, lesson: bool, rows: int) -> None:
+    assert chunked.chunk_rows(torch.empty(1000, 1, dtype=dtype), 32000, 2**24, lesson=lesson) == rows
+    assert chunked.chunk_rows(torch.empty(50, 1, dtype=dtype), 32000, 2**24, lesson=lesson) == 50
+    assert chunked.chunk_rows(torch.empty(50, 1, dtype=dtype), 2**25, 2**24, lesson=lesson) == 1
 
 
 def test_nothing_as_large_as_the_logits_is_kept() -> None:

@@ -20,10 +20,11 @@ from lora_dist.adapter import attach_adapter
 from lora_dist.adapter.heads import class_targets, float_heads
 from lora_dist.blocks import BlockMask, NamedLinear, Pattern, grid
 from lora_dist.config import RunConfig
+from lora_dist.gemm import meta_is
 from lora_dist.models.architecture import decoder_layers, prunable_linears, shard_units
 from lora_dist.models.block_storage import put_tiles
 from lora_dist.models.blueprint import Blueprint, read_blueprint
-from lora_dist.models.chunked import CHUNK_BYTES, chunked_head, put_chunked_head
+from lora_dist.models.chunked import CHUNK_BYTES, chunk_rows, chunked_head, put_chunked_head
 from lora_dist.models.loss import causal_loss_sum, class_losses
 from lora_dist.operations.plan.quantised import QuantisedLinear
 from lora_dist.operations.plan.trace import DeviceKernels, Peak, Phase, gives_out_as_computed, trace
@@ -187,8 +188,11 @@ class Rehearsal:
         head = chunked_head(self._model(kind, _TRACED_LAYERS if self.blueprint.shortable else None))
         if head is None or not head.chunked:
             return peak
-        chunk_rows = CHUNK_BYTES["cuda" if self._cuda else "cpu"] // (4 * self.blueprint.vocabulary)
-        logits = round(peak.logits * min(1.0, max(1, chunk_rows) / (rows * (self.length - 1))))
+        device = "cuda" if self._cuda else "cpu"
+        hidden_TH = torch.empty((rows * (self.length - 1), 1), dtype=compute_dtype(kind), device="meta")
+        with meta_is(device):
+            share = chunk_rows(hidden_TH, self.blueprint.vocabulary, CHUNK_BYTES[device]) / len(hidden_TH)
+        logits = round(peak.logits * share)
         return Peak(peak.total - peak.logits + logits, logits, peak.gathered)
 
     def _exact(self, precision: str, checkpointing: bool, rows: int, train: bool, gather: str) -> dict[Phase, Peak]:
