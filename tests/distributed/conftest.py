@@ -1,4 +1,4 @@
-"""Worker processes that a module's tests share."""
+"""Worker processes that all modules of a pytest process share: starting them costs more than most of their jobs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.group import WorkerGroup, WorkerGroups
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroups]:
     """By number of processes, each started when it is first asked for."""
     made = WorkerGroups(tmp_path_factory.mktemp("groups"))
@@ -17,8 +17,6 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroups]:
     made.close()
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerGroup]:
-    group = WorkerGroup(2, tmp_path_factory.mktemp("groups") / "pair")
-    yield group
-    group.close()
+@pytest.fixture(scope="session")
+def pair(groups: WorkerGroups) -> WorkerGroup:
+    return groups[2]

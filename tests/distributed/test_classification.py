@@ -10,7 +10,6 @@ from lora_dist.cli import train as train_verb
 from lora_dist.cli.options import parse
 from lora_dist.config import RunConfig
 from tests.classes import encoder_base, sentences, write_sentences
-from tests.distributed.group import WorkerGroup
 from tests.runs import assert_identical, losses, options, records, run_killed
 
 pytestmark = pytest.mark.long
@@ -43,16 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_two_processes_train_as_one(folder, tmp_path_factory):
+def test_two_processes_train_as_one(folder, pair):
     """On pairs, whose token types have to travel along."""
     changes = {"data__text_pair_column": "other"}
     _here(*_options(folder, "one", **changes))
-    group = WorkerGroup(2, tmp_path_factory.mktemp("groups") / "pair")
-    try:
-        for strategy in ("ddp", "fsdp2"):
-            group.run(*_options(folder, strategy, **changes, parallel__strategy=strategy))
-    finally:
-        group.close()
+    for strategy in ("ddp", "fsdp2"):
+        pair.run(*_options(folder, strategy, **changes, parallel__strategy=strategy))
     for strategy in ("ddp", "fsdp2"):
         assert losses(folder / strategy) == pytest.approx(losses(folder / "one"), abs=1e-5)
         for found, expected in zip(records(folder / strategy, "eval"), records(folder / "one", "eval"), strict=True):

@@ -34,14 +34,12 @@ SPLITS = [(1, 4, 1), (1, 2, 2), (1, 1, 4), (2, 2, 1), (2, 1, 2)]
 
 
 @pytest.fixture(scope="module")
-def runs_by_split(tiny_base, tiny_text, tmp_path_factory):
+def runs_by_split(groups, tiny_base, tiny_text, tmp_path_factory):
     """The same global batch, split over processes, micro-batches and accumulation in every way."""
     folder = tmp_path_factory.mktemp("splits")
     for processes, micro, accumulation in SPLITS:
         out = folder / f"{processes}-{micro}-{accumulation}"
-        run(
-            processes,
-            "train",
+        groups[processes].run(
             *options(
                 tiny_base,
                 tiny_text,
