@@ -71,7 +71,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _by_onednn(x: Tensor, columns: int = 0) -> bool:
-    few = ONEDNN_IS_FASTER_FOR_FEW and len(x) in _FEW_ROWS and columns >= 16 * len(x)
+    # No layer that is compiled is so wide, and the number of rows is a symbol there.
+    few = ONEDNN_IS_FASTER_FOR_FEW and not torch.compiler.is_compiling() and len(x) in _FEW_ROWS and columns >= 16 * len(x)
     return (
         x.dtype == torch.float32 and x.device.type == "cpu" and (ONEDNN_IS_FASTER or few) and bool(torch.backends.mkldnn.enabled)
     )
