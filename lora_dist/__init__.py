@@ -14,7 +14,8 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +61,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _Around(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Has a module imported as usual, but calls `before` first, and what that returns afterwards."""
+    """Has a module imported as usual, but within a context."""
 
-    def __init__(self, name: str, before: Callable[[], Callable[[], object]]) -> None:
-        self._name, self._before = name, before
+    def __init__(self, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._name, self._context = name, context
         self._loader: importlib.abc.Loader | None = None
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
@@ -82,16 +83,14 @@ class _Around(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         assert self._loader is not None and module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
-        after = self._before()
-        try:
+        with self._context():
             self._loader.exec_module(module)
-        finally:
-            after()
 
 
-def _compile_when_called() -> Callable[[], None]:
+@contextmanager
+def _compile_when_called() -> Iterator[None]:
     """bitsandbytes hands functions to `torch.compile` while it is imported, which imports the compiler, seconds long, for functions that
-    hardly a run calls. Until the returned function is called, `torch.compile` is one that compiles at the first call."""
+    hardly a run calls. Within, `torch.compile` is one that compiles at the first call."""
     import torch
 
     compile_now = torch.compile
@@ -100,15 +99,18 @@ def _compile_when_called() -> Callable[[], None]:
         compiled = functools.cache(lambda: compile_now(function, **options))
         return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
-    def restore() -> None:
+    torch.compile = compile_later  # type: ignore[assignment]
+    try:
+        yield
+    finally:
         torch.compile = compile_now
 
-    torch.compile = compile_later  # type: ignore[assignment]
-    return restore
 
-
-def _tell_peft() -> Callable[[], object]:
-    return lambda: importlib.import_module("lora_dist.adapter")
+@contextmanager
+def _tell_peft() -> Iterator[None]:
+    """Register the adapter type, which importing `lora_dist.adapter` does, once PEFT is there."""
+    yield
+    importlib.import_module("lora_dist.adapter")
 
 
 if "peft" in sys.modules:

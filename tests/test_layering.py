@@ -227,9 +227,8 @@ def test_a_run_loads_what_it_needs_only() -> None:
     code = f"""
         import {PACKAGE}.engine.train, bitsandbytes, torch
         assert torch.compile.__module__ == "torch", torch.compile
-        restore = {PACKAGE}._compile_when_called()
-        doubled = torch.compile(lambda x: 2 * x, backend="eager")
-        restore()
+        with {PACKAGE}._compile_when_called():
+            doubled = torch.compile(lambda x: 2 * x, backend="eager")
         assert torch.compile.__module__ == "torch", torch.compile
         assert doubled(torch.ones(2)).tolist() == [2, 2] and doubled(torch.ones(2)).tolist() == [2, 2]
         """

@@ -25,6 +25,7 @@ from lora_dist.adapter.tiles import add_update_, update_gradients
 from lora_dist.gemm import device_type, linear, pieces, product
 
 _PIECE_WEIGHTS = 2**20
+"""that are merged at a time on a CPU; fewer cost the products more than they save (docs/log.md)"""
 Unpack = Callable[[Tensor, torch.dtype], Tensor]
 """what a linear holds of its weight, and the dtype of the product -> the weight (O, I), good until the next one is asked for"""
 
