@@ -128,9 +128,10 @@ def test_time_limit(cluster: Cluster, config: Path, pace: Pace, tmp_path: Path, 
     """Slurm sends SIGUSR1 to the script alone; the script has torchrun's workers save, and queues the job again, as often as it takes.
 
     Limits are in minutes, and Slurm looks every 30 s: a job that starts right after a look, with a limit of 2 minutes and the signal 30 s
-    before it, is told 58 s after its start. The run is made to last half as long again, and may be told more than once on a slow machine.
+    before it, is told 58 s after its start, or 88 s when that look comes a moment early. The run is made to last half as long again as
+    that, so it may be told more than once.
     """
-    steps = max(20, int(1.5 * (58 - pace.start_s) / pace.step_s))
+    steps = max(20, int(1.5 * (88 - pace.start_s) / pace.step_s))
     longer = (f"--train.max_steps={steps}", f"--train.eval_steps={steps}", f"--train.save_steps={steps}")
     out, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
     cluster.wait_for_limits_check()
