@@ -57,7 +57,7 @@ class Lessons(Protocol):
         """Within: what the teacher says of a micro-batch.
 
         Args:
-            ids_BL, positions_BL: the batch's, on the device.
+            ids_BL, positions_BL: the batch's, ids on the device.
             chunked: whether the student's loss is computed chunk by chunk.
         """
 
@@ -89,7 +89,7 @@ class DistillTask(CausalTask):
 
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
         ids_BL, labels_BL = batch.input_ids_BL.to(device, non_blocking=True), batch.labels_BL
-        positions_BL = batch.position_ids_BL.to(device, non_blocking=True) if batch.position_ids_BL is not None else None
+        positions_BL = batch.position_ids_BL
         head = chunked_head(module)
         with self.lessons.of(batch, ids_BL, positions_BL, chunked=head is not None and head.chunked) as said:
             with hidden_states(self._base, self._hidden) as states:

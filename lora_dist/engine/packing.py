@@ -67,6 +67,5 @@ def _loss(model: nn.Module, world: World, ids_BL: torch.Tensor, positions_BL: to
     """Mean loss of the tokens behind the first of [start, end), nats. Waits for the device."""
     labels_BL = torch.full_like(ids_BL, IGNORE)
     labels_BL[:, start + 1 : end] = ids_BL[:, start + 1 : end]
-    positions = positions_BL.to(world.device) if positions_BL is not None else None
-    loss = causal_loss_sum(model, ids_BL.to(world.device), labels_BL.to(world.device), positions)
+    loss = causal_loss_sum(model, ids_BL.to(world.device), labels_BL.to(world.device), positions_BL)
     return float(loss) / (len(ids_BL) * (end - start - 1))

@@ -80,10 +80,14 @@ def _ask(teacher: Teacher, rows: Rows, numbers: list[int], of: SoftLabelsOf, dev
                 pass
         return []
     batch = rows.batch(numbers)
-    positions_BL = None if batch.position_ids_BL is None else batch.position_ids_BL.to(device)
     targets_BL = batch.labels_BL[:, 1:] != IGNORE_LABEL
     asked = teacher.asked(
-        batch.input_ids_BL.to(device), positions_BL, chunked=teacher.chunked, alpha=1.0, temperature=of.temperature, hidden=None
+        batch.input_ids_BL.to(device),
+        batch.position_ids_BL,
+        chunked=teacher.chunked,
+        alpha=1.0,
+        temperature=of.temperature,
+        hidden=None,
     )
     tokens = max(1, CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // (8 * of.vocabulary))
     with asked as said:

@@ -53,8 +53,8 @@ class CausalTask:
     classifies = False
 
     def loss_sum(self, module: nn.Module, batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        positions = batch.position_ids_BL.to(device, non_blocking=True) if batch.position_ids_BL is not None else None
-        return causal_loss_sum(module, batch.input_ids_BL.to(device, non_blocking=True), batch.labels_BL, positions), None
+        ids_BL = batch.input_ids_BL.to(device, non_blocking=True)
+        return causal_loss_sum(module, ids_BL, batch.labels_BL, batch.position_ids_BL), None
 
     def take_parts(self) -> dict[str, Tensor]:
         return {}

@@ -26,6 +26,7 @@ from lora_dist.models.architecture import decoder_layers, shard_units
 from lora_dist.models.chunked import chunked_head, put_chunked_head
 from lora_dist.models.lesson import Lesson, WholeLesson
 from lora_dist.models.loading import BaseSource, open_base
+from lora_dist.models.packed import forward
 from lora_dist.models.quantised import quantisation_of
 from lora_dist.models.sources import read_facts
 from lora_dist.monitor.console import Console
@@ -182,14 +183,6 @@ class Teacher:
         """Let go of the head's weight, where it is cut."""
         if self._owner is not None:
             self._owner.reshard()
-
-
-def forward(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor | None) -> Tensor:
-    """Logits, or what the head gives in their place."""
-    positions = {} if positions_BL is None else {"position_ids": positions_BL}
-    found = model(input_ids=ids_BL, use_cache=False, **positions).logits
-    assert isinstance(found, Tensor)
-    return found
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lora_dist.models.chunked import IGNORE, chunked_head
 from lora_dist.models.lesson import Lesson
+from lora_dist.models.packed import forward
 
 __all__ = ["IGNORE", "causal_loss_sum", "class_losses"]
 
@@ -20,19 +21,16 @@ def causal_loss_sum(
         input_ids_BL: token ids.
         labels_BL: the same ids, -100 where a token does not count; shifted here, so the first column never counts. On the host they
             spare a wait for the device.
-        position_ids_BL: rows of several examples: positions that start anew with each, which keeps them apart; None: one sequence a row.
+        position_ids_BL: as `packed.forward` takes them.
 
     A `ChunkedHead` that losses may be taken from (`chunked.py`) computes it without logits. No attention mask: padding stands behind what
     counts, where causal attention does not reach.
     """
-    positions = {} if position_ids_BL is None else {"position_ids": position_ids_BL}
     head = chunked_head(model)
     if head is not None and head.chunked and (lesson is None or lesson.chunked):
         with head.scoring(labels_BL, lesson):
-            total = model(input_ids=input_ids_BL, use_cache=False, **positions).logits
-        assert isinstance(total, Tensor)
-        return total
-    logits_BLV = model(input_ids=input_ids_BL, use_cache=False, **positions).logits
+            return forward(model, input_ids_BL, position_ids_BL)
+    logits_BLV = forward(model, input_ids_BL, position_ids_BL)
     targets_T = labels_BL[:, 1:].reshape(-1).to(logits_BLV.device, non_blocking=True)
     logits_TV = logits_BLV[:, :-1].flatten(0, 1).float()
     cross_entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")

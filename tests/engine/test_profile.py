@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 
 import pytest
 
 from lora_dist.__main__ import main
+from tests.instructions import write_instructions
 from tests.runs import options
+
+
+WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2")
+"""what Python, or the size of a result, waits for"""
 
 
 @pytest.mark.parametrize(("steps", "traced"), [("2:3", 2), ("4:9", 1)])
@@ -20,10 +26,38 @@ def test_the_steps_asked_for_are_traced(steps, traced, tiny_base, tiny_text, tmp
     assert main(["train", *values, "--profile", steps]) == 0
     folder = out / "profile" / "attempt-1"
     assert f"traced steps {steps}: {folder}" in capfd.readouterr().out
-    with gzip.open(folder / "rank-0.json.gz", "rt") as file:
-        names = [event.get("name") for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    names = [event["name"] for event in traced_events(folder)]
     assert names.count("forward") == names.count("backward") == 2 * traced and names.count("optimizer") == traced
     assert "aten::mm" in names and "aten::mm" in (folder / "rank-0.txt").read_text()
+
+
+@pytest.mark.parametrize("way", ["masked", "plain", "packed"])
+def test_no_forward_or_backward_pass_waits_for_what_it_computes(way, tiny_base, tiny_text, tmp_path):
+    """On a GPU until all that was asked of it is done; the loss and the gradients' norm it does wait for, behind them."""
+    out, text, more = tmp_path / "out", tiny_text, {"adapter__mask": "none"} if way == "plain" else {}
+    if way == "packed":
+        text, template = write_instructions(tmp_path)
+        more = {"data__format": "auto", "data__prompt_template": template, "data__packing": True, "data__block_size": 64}
+    more |= {"max_steps": 3, "gradient_accumulation_steps": 3, "eval_strategy": "no", "save_strategy": "no"}
+    assert main(["train", *options(tiny_base, text, out, **more), "--profile", "2:3"]) == 0
+    events = traced_events(out / "profile" / "attempt-1")
+    passes = [event for event in events if event["name"] in ("forward", "backward")]
+    assert len(passes) == 2 * 2 * 3
+    waits = [
+        event["name"]
+        for event in events
+        for each in passes
+        if event["name"] in WAITING and each["ts"] <= event["ts"] <= each["ts"] + each["dur"]
+    ]
+    on_the_host = {"aten::nonzero": 6}  # which labels count
+    if way == "packed":
+        on_the_host["aten::_local_scalar_dense"] = 6  # whether positions start anew
+    assert Counter(waits) == on_the_host
+
+
+def traced_events(folder):
+    with gzip.open(folder / "rank-0.json.gz", "rt") as file:
+        return [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
 
 
 @pytest.mark.parametrize("steps", ["3", "0:2", "5:4", "a:b"])
