@@ -12,7 +12,6 @@ from lora_dist.__main__ import main
 from tests.instructions import write_instructions
 from tests.runs import options
 
-
 WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_consecutive", "aten::_unique2")
 """what Python, or the size of a result, waits for"""
 
