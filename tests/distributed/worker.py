@@ -17,27 +17,30 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from lora_dist.process import heavy_imports
 
-from lora_dist.__main__ import end_with_launcher
-from lora_dist.arguments import EvalArgs, GenerateArgs, MergeArgs, PruneArgs
-from lora_dist.cli.options import Verb, parse
-from lora_dist.cli.train import VERB as TRAIN
-from lora_dist.config import RunConfig
-from lora_dist.engine.base import base_pieces
-from lora_dist.engine.evaluate import evaluate
-from lora_dist.engine.merge import merge
-from lora_dist.engine.open_model import open_model
-from lora_dist.engine.prune import prune_model
-from lora_dist.engine.report import evaluate_models
-from lora_dist.engine.setup import Parts
-from lora_dist.engine.train import train
-from lora_dist.generation import generate
-from lora_dist.log import UserError
-from lora_dist.parallel import World, close_world, init_world
-from tests.distributed.faults import inject
+with heavy_imports():
+    import torch
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    from lora_dist.__main__ import end_with_launcher
+    from lora_dist.arguments import EvalArgs, GenerateArgs, MergeArgs, PruneArgs
+    from lora_dist.cli.options import Verb, parse
+    from lora_dist.cli.train import VERB as TRAIN
+    from lora_dist.config import RunConfig
+    from lora_dist.engine.base import base_pieces
+    from lora_dist.engine.evaluate import evaluate
+    from lora_dist.engine.merge import merge
+    from lora_dist.engine.open_model import open_model
+    from lora_dist.engine.prune import prune_model
+    from lora_dist.engine.report import evaluate_models
+    from lora_dist.engine.setup import Parts
+    from lora_dist.engine.train import train
+    from lora_dist.generation import generate
+    from lora_dist.log import UserError
+    from lora_dist.parallel import World, close_world, init_world
+    from tests.distributed.faults import inject
 
 POLL_S = 0.005
 
@@ -180,6 +183,7 @@ def run_job(job: dict[str, Any], world: World) -> dict[str, Any]:
         except Exception:
             answer |= {"code": 1, "error": traceback.format_exc()}
     gc.collect()
+    gc.freeze()  # modules, and what they keep: the next collection is to look at the next job only
     return {**answer, "output": output.getvalue()}
 
 
