@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lora_dist.adapter import masked_product
 from lora_dist.adapter.layer import factorised_is_cheaper, merged_is_cheaper
-from lora_dist.adapter.linear import adapted_linear
+from lora_dist.adapter.linear import Adapted, adapted_linears
 from lora_dist.blocks import BlockMask, grid
 
 BLOCK = 16
@@ -80,6 +80,11 @@ class Case:
             nn.Parameter(self.B.detach()),
         )
 
+    def adapted(self, x: Tensor, *, masked: bool = True, merged: bool = False, fused: bool = False) -> Tensor:
+        kept_PQ = self.kept_PQ if masked else None
+        layer = Adapted(self.weight, None, self.A, self.B, kept_PQ, BLOCK, self.scale, merged, fused)
+        return adapted_linears(x, [layer])[0]
+
     def base(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
@@ -87,16 +92,16 @@ class Case:
         return self.peft(x)
 
     def own_plain(self, x: Tensor) -> Tensor:
-        return adapted_linear(x, self.weight, None, self.A, self.B, None, BLOCK, self.scale, merged=False)
+        return self.adapted(x, masked=False)
 
     def factorised(self, x: Tensor) -> Tensor:
-        return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=False)
+        return self.adapted(x)
 
     def triton(self, x: Tensor) -> Tensor:
-        return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=False, fused=True)
+        return self.adapted(x, fused=True)
 
     def merged(self, x: Tensor) -> Tensor:
-        return adapted_linear(x, self.weight, None, self.A, self.B, self.kept_PQ, BLOCK, self.scale, merged=True)
+        return self.adapted(x, merged=True)
 
     def dense(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + masked_product(x, self.A, self.B, self.kept_PQ, BLOCK, self.scale, factorised=False)

@@ -32,6 +32,7 @@ from lora_dist.adapter.folder import (
 )
 from lora_dist.adapter.kinds import make_config, respects_pattern
 from lora_dist.adapter.principal import doubled, file_metadata, frozen_elements, is_principal, start_from_principal
+from lora_dist.adapter.siblings import link_siblings
 from lora_dist.adapter.updates import lora_layers
 from lora_dist.adapter.whole import find_whole_parameters, put_whole_layers
 from lora_dist.blocks import MASK_FILE, Pattern, find_linears
@@ -147,6 +148,7 @@ def attach_adapter(
     )
     with _without_pefts_own_warnings():
         wrapped = get_peft_model(model, with_own_layers(config, model, frozen=is_principal(init_lora_weights)))
+    link_siblings(wrapped)
     if whole_modules or bias != "none":
         _train_whole(wrapped, whole_modules, bias, pattern)
     for name, parameter in wrapped.named_parameters():
@@ -324,6 +326,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_fingerprint: str 
     problems = _mismatches({name: tensor.shape for name, tensor in adapter_tensors(loaded).items()}, saved)
     if problems:
         raise UserError(f"adapter: {folder} does not fit this base: {problems[0]} ({len(problems)} such)")
+    link_siblings(loaded)
     return loaded
 
 

@@ -15,8 +15,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
 from lora_dist.adapter.dora import BlockDoraVariant
-from lora_dist.adapter.linear import adapted_linear
+from lora_dist.adapter.linear import Adapted, adapted_linears
 from lora_dist.adapter.product import masked_delta, masked_product, without_autocast
+from lora_dist.adapter.siblings import Siblings
 from lora_dist.adapter.tiles import kernel_fits
 from lora_dist.blocks import BlockLinear, BlockMask, ElementMask, Mask, Pattern, is_transposed
 from lora_dist.gemm import device_type
@@ -100,6 +101,8 @@ class BlockLoraLinear(LoraLinear):
             self.lora_form: dict[str, str] = {}
             self.lora_frozen: dict[str, int] = {}
             """how many of an adapter's last ranks get no gradient (`principal.py`)"""
+            self.siblings: Siblings | None = None
+            """what it is computed together with"""
         self.fan_in_fan_out = bool(is_transposed(self.get_base_layer()))
         pattern = getattr(config, "pattern", None)  # a plain config has none (`config.with_own_layers`)
         mask = None if pattern is None else layer_mask(pattern, kwargs["target_name"], (self.out_features, self.in_features))
@@ -140,8 +143,24 @@ class BlockLoraLinear(LoraLinear):
         return result.to(dtype)
 
     def _with_base(self, x: Tensor) -> Tensor | None:
-        """Base and update in one step (`linear.py`), where that can be: one adapter whose mask is of whole tiles, or none, on a plain frozen
-        linear that nobody hooks into (DeepSpeed gathers its weight so), in the dtype of x."""
+        """Base and update in one step (`linear.py`), where that can be."""
+        if self.siblings is not None and (y := self.siblings.output(self, x)) is not None:
+            return y
+        adapted = self.prepared(x)
+        if adapted is None:
+            return None
+        dropped = self.lora_dropout[self.active_adapters[0]](x) if self.drops_out else None
+        return adapted_linears(x, [adapted], dropped)[0]
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether an update sees something else of x than the base does."""
+        active = [self.lora_dropout[name] for name in self.active_adapters if name in self.lora_dropout]
+        return self.training and not all(isinstance(dropout, nn.Identity) for dropout in active)
+
+    def prepared(self, x: Tensor) -> Adapted | None:
+        """For `adapted_linears`; None where it cannot be: it takes one adapter whose mask is of whole tiles, or none, on a plain frozen linear
+        that nobody hooks into (DeepSpeed gathers its weight so), in the dtype of x."""
         base, active = self.base_layer, self.active_adapters
         if (
             type(base) not in (nn.Linear, BlockLinear)
@@ -151,18 +170,17 @@ class BlockLoraLinear(LoraLinear):
         ):
             return None
         adapter = active[0]
-        mask, form, dropout = self.lora_mask[adapter], self.lora_form[adapter], self.lora_dropout[adapter]
+        mask, form = self.lora_mask[adapter], self.lora_form[adapter]
         hooked = base._forward_pre_hooks or base._forward_hooks or base._backward_hooks or base._backward_pre_hooks
         trained = base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad)
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if hooked or trained or autocast or x.dtype != base.weight.dtype or isinstance(mask, ElementMask):
             return None
-        dropped = dropout(x) if self.training and not isinstance(dropout, nn.Identity) else None
         tokens = x.numel() // x.shape[-1]
         merged = (
             mask is not None
             and form == "auto"
-            and dropped is None
+            and not self.drops_out
             and x.dtype.itemsize >= 4
             and merged_is_cheaper(mask.shape, tokens)
         )
@@ -173,9 +191,7 @@ class BlockLoraLinear(LoraLinear):
         scale = self.scaling[adapter]
         unpack = getattr(base, "unpacked_OI", None)
         fused = mask is not None and is_fused(form, mask, self.r[adapter], x)
-        return adapted_linear(
-            x, base.weight, base.bias, A_RI, B_OR, kept, block, scale, merged=merged, dropped=dropped, unpack=unpack, fused=fused
-        )
+        return Adapted(base.weight, base.bias, A_RI, B_OR, kept, block, scale, merged, fused, unpack)
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R); frozen ranks without a gradient."""

@@ -1,19 +1,21 @@
-"""A frozen linear layer and its update in one step, `y = x W^T + bias + s x (mask . BA)^T`: exact, and keeps x, W, A, B and the mask only.
+"""Frozen linear layers that are given one input, and their updates, in one step: `y = x W^T + bias + s x (mask . BA)^T` for each, exact.
 
-Two forms of the same numbers:
+Kept for the backward pass are x, W, A, B and the mask, of plain LoRA x A^T (T, R) as well. Two forms of the same numbers:
 
 - merged: x (W + s mask . BA)^T, in 32 bits or more only: in 16, W + dW would round the update away. It costs some passes over O x I numbers, on
   CPUs a few MiB at a time (docs/log.md).
-- factorised (`tiles.py`): the update is added to the base's output; without a mask, plain LoRA. It costs some passes over T x (I + O).
+- beside: the update is added to the base's output, with a mask in factorised form (`tiles.py`), without as plain LoRA. It costs some passes
+  over T x (I + O).
 
-The gradients of A and B are the factorised form's in both; that of x takes whichever is cheaper. Against a product beside the base's this spares
-passes over y and over the gradient of x, and their memory. Called by `layer.py`.
+The gradients of A and B are the second form's in both; that of x takes whichever is cheaper. Against a product beside the base's this spares
+passes over y and over the gradient of x, and their memory. Layers with one input (q, k and v; gate and up) add to one gradient of x,
+and those of plain LoRA read x for all of their A at once. Called by `layer.py` and `siblings.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from lora_dist import gemm
 from lora_dist.adapter.product import masked_delta, without_autocast
 from lora_dist.adapter.tiles import add_update_, update_gradients
-from lora_dist.gemm import device_type, linear, pieces, product
+from lora_dist.gemm import compute_dtype, device_type, linear, matmul, pieces, product
 
 _PIECE_WEIGHTS = 2**20
 """that are merged at a time on a CPU; fewer cost the products more than they save (docs/log.md)"""
@@ -30,71 +32,137 @@ Unpack = Callable[[Tensor, torch.dtype], Tensor]
 """what a linear holds of its weight, and the dtype of the product -> the weight (O, I), good until the next one is asked for"""
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """Inputs: x_TI, what the update sees of it where that differs (dropout) or None, W_OI, bias_O or None, A_RI, B_OR, mask_PQ (bool) or None,
-    block b, scale s, whether to merge, where W is held otherwise than as it is, what makes it so, and whether to take the kernel."""
+class Adapted(NamedTuple):
+    """A frozen linear and its update."""
 
-    @staticmethod
-    def _weight(ctx: Any, W: Tensor) -> Tensor:
-        return W if ctx.unpack is None else ctx.unpack(W, W.dtype)
+    weight: Tensor
+    """(O, I), of x's dtype; with `unpack`, what it makes this of. It gets no gradient, nor does the bias."""
+    bias_O: Tensor | None
+    A_RI: Tensor
+    B_OR: Tensor
+    kept_PQ: Tensor | None
+    """mask of tiles; None: plain LoRA"""
+    block: int
+    scale: float
+    merged: bool = False
+    """which form; needs a mask, and x as the update sees it"""
+    fused: bool = False
+    """the factorised form by the kernel for GPUs (`kernel.py`)"""
+    unpack: Unpack | None = None
 
-    @staticmethod
-    def _merged(
-        ctx: Any, x: Tensor, W: Tensor, A_RI: Tensor, B_OR: Tensor, mask_PQ: Tensor | None
-    ) -> Iterator[tuple[slice, Tensor]]:
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.weight if self.unpack is None else self.unpack(self.weight, self.weight.dtype)
+
+    def merged_rows(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Rows of W + s mask . BA, for products with x: as few at a time as stay in the processor's cache, or all of them."""
-        assert mask_PQ is not None
-        W_OI, b = _AdaptedLinear._weight(ctx, W), ctx.block
+        assert self.kept_PQ is not None
+        W_OI, b = self.weight_OI, self.block
         O, I = W_OI.shape
         size = O if device_type(x) != "cpu" or gemm.ONEDNN_IS_FASTER else max(1, _PIECE_WEIGHTS // (b * I)) * b
-        A, B = A_RI.to(W.dtype), B_OR.to(W.dtype)
+        A, B = self.A_RI.to(W_OI.dtype), self.B_OR.to(W_OI.dtype)
         for rows in pieces(x, O, size):
-            kept = mask_PQ[rows.start // b : -(-rows.stop // b)]
-            yield rows, masked_delta(A, B[rows], kept, b, ctx.scale).add_(W_OI[rows])
+            kept = self.kept_PQ[rows.start // b : -(-rows.stop // b)]
+            yield rows, masked_delta(A, B[rows], kept, b, self.scale).add_(W_OI[rows])
+
+
+_TENSORS = 5
+"""the first fields of `Adapted`, which autograd has to see"""
+
+
+class _AdaptedLinears(torch.autograd.Function):
+    """Inputs: x_TI, what the updates see of it where that differs (dropout) or None, the other fields of each layer, and its tensors."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        dropped_TI: Tensor | None,
-        W: Tensor,
-        bias_O: Tensor | None,
-        A_RI: Tensor,
-        B_OR: Tensor,
-        mask_PQ: Tensor | None,
-        block: int,
-        scale: float,
-        merged: bool,
-        unpack: Unpack | None,
-        fused: bool,
-    ) -> Tensor:
+        ctx: Any, x_TI: Tensor, dropped_TI: Tensor | None, fields: Sequence[Sequence[Any]], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        layers = _layers(tensors, fields)
         seen_TI = x_TI if dropped_TI is None else dropped_TI
-        ctx.save_for_backward(seen_TI, W, A_RI, B_OR, mask_PQ)
-        ctx.block, ctx.scale, ctx.merged, ctx.unpack, ctx.dropped = block, scale, merged, unpack, dropped_TI is not None
-        ctx.fused = fused
-        if merged:
-            return _by_rows(x_TI, len(B_OR), bias_O, _AdaptedLinear._merged(ctx, x_TI, W, A_RI, B_OR, mask_PQ))
-        y_TO = linear(x_TI, _AdaptedLinear._weight(ctx, W), bias_O)
-        add_update_(y_TO, seen_TI, A_RI, B_OR, mask_PQ, block, scale, fused)
-        return y_TO
+        plain = [layer for layer in layers if layer.kept_PQ is None]
+        z_TS = matmul(seen_TI, _stacked(plain, x_TI.dtype).T) if plain else None
+        parts = iter(() if z_TS is None else z_TS.split([len(layer.A_RI) for layer in plain], 1))
+        ys = []
+        for layer in layers:
+            if layer.merged:
+                ys.append(_by_rows(x_TI, len(layer.B_OR), layer.bias_O, layer.merged_rows(x_TI)))
+                continue
+            y_TO = linear(x_TI, layer.weight_OI, layer.bias_O)
+            if layer.kept_PQ is None:
+                _add_product_(y_TO, next(parts), layer.B_OR.to(x_TI.dtype).T, layer.scale)
+            else:
+                add_update_(y_TO, seen_TI, layer.A_RI, layer.B_OR, layer.kept_PQ, layer.block, layer.scale, layer.fused)
+            ys.append(y_TO)
+        ctx.save_for_backward(seen_TI, z_TS, *tensors)
+        ctx.fields, ctx.dropped = fields, dropped_TI is not None
+        return tuple(ys)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g_TO: Tensor) -> tuple[Tensor | None, ...]:
-        seen_TI, W, A_RI, B_OR, mask_PQ = ctx.saved_tensors
-        dx = d_seen = None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        seen_TI, z_TS, *tensors = ctx.saved_tensors
+        layers = _layers(tensors, ctx.fields)
+        dx = None
+        # Adding the update to the weight again is a matter of O rows, adding its share to the gradient one of T.
+        again = [layer.merged and len(layer.B_OR) <= len(seen_TI) for layer in layers]
         if ctx.needs_input_grad[0]:
-            # Adding the update to the weight again is a matter of O rows, adding its share to the gradient one of T.
-            again = ctx.merged and len(B_OR) <= len(seen_TI)
-            if again:
-                dx = _sum_over_rows(g_TO, _AdaptedLinear._merged(ctx, g_TO, W, A_RI, B_OR, mask_PQ))
-            else:
-                dx = product(g_TO, _AdaptedLinear._weight(ctx, W))
-            d_seen = None if again or ctx.dropped else dx
-        if ctx.dropped and ctx.needs_input_grad[1]:
-            d_seen = torch.zeros_like(seen_TI)
-        dA, dB = update_gradients(g_TO, seen_TI, A_RI, B_OR, mask_PQ, ctx.block, ctx.scale, d_seen, ctx.fused)
-        return dx, d_seen if ctx.dropped else None, None, None, dA, dB, None, None, None, None, None, None
+            for layer, g_TO, merged in zip(layers, gradients, again, strict=True):
+                dx = _plus(dx, g_TO, layer.merged_rows(g_TO) if merged else [(slice(None), layer.weight_OI)])
+        d_seen = torch.zeros_like(seen_TI) if ctx.dropped and ctx.needs_input_grad[1] else None if ctx.dropped else dx
+        found: list[tuple[Tensor, Tensor] | None] = []
+        plain: list[tuple[Adapted, Tensor]] = []
+        for layer, g_TO, merged in zip(layers, gradients, again, strict=True):
+            if layer.kept_PQ is None:
+                plain.append((layer, g_TO))
+                found.append(None)
+                continue
+            into = None if merged else d_seen
+            found.append(
+                update_gradients(
+                    g_TO, seen_TI, layer.A_RI, layer.B_OR, layer.kept_PQ, layer.block, layer.scale, into, layer.fused
+                )
+            )
+        of_plain = iter(() if z_TS is None else _plain_gradients(plain, seen_TI, z_TS, d_seen))
+        result: list[Tensor | None] = []
+        for pair in found:
+            dA, dB = next(of_plain) if pair is None else pair
+            result += [None, None, dA, dB, None]
+        return dx, d_seen if ctx.dropped else None, None, *result
+
+
+def _layers(tensors: Sequence[Tensor | None], fields: Sequence[Sequence[Any]]) -> list[Adapted]:
+    own: list[Sequence[Any]] = [tensors[i * _TENSORS : (i + 1) * _TENSORS] for i in range(len(fields))]
+    return [Adapted(*some, *others) for some, others in zip(own, fields, strict=True)]
+
+
+def _stacked(layers: Sequence[Adapted], dtype: torch.dtype) -> Tensor:
+    """(S, I): A of all layers, ranks below each other."""
+    factors = [layer.A_RI.to(dtype) for layer in layers]
+    return factors[0] if len(factors) == 1 else torch.cat(factors)
+
+
+def _plain_gradients(
+    layers: Sequence[tuple[Adapted, Tensor]], x_TI: Tensor, z_TS: Tensor, dx_TI: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Gradients of A and B, in their dtypes, of layers without a mask and the gradients of their outputs; that of x is added to `dx_TI`."""
+    dtype = x_TI.dtype
+    each = [matmul(g_TO, layer.B_OR.to(dtype)).mul_(layer.scale) for layer, g_TO in layers]
+    dz_TS = each[0] if len(each) == 1 else torch.cat(each, 1)
+    if dx_TI is not None:
+        _add_product_(dx_TI, dz_TS, _stacked([layer for layer, _ in layers], dtype), 1.0)
+    ranks = [len(layer.A_RI) for layer, _ in layers]
+    parts = zip(layers, matmul(dz_TS.T, x_TI).split(ranks), z_TS.split(ranks, 1), strict=True)
+    for (layer, g_TO), dA_RI, z_TR in parts:
+        dB_OR = matmul(g_TO.T, z_TR).mul_(layer.scale)
+        yield dA_RI.to(layer.A_RI.dtype), dB_OR.to(layer.B_OR.dtype)
+
+
+def _add_product_(y_TN: Tensor, x_TK: Tensor, weight_KN: Tensor, scale: float) -> None:
+    """y += scale x W; in one operation where the processor multiplies their dtype."""
+    if compute_dtype(x_TK) == x_TK.dtype:
+        y_TN.addmm_(x_TK, weight_KN, alpha=scale)
+    else:
+        y_TN.add_(matmul(x_TK, weight_KN), alpha=scale)
 
 
 def _by_rows(x_TI: Tensor, O: int, bias_O: Tensor | None, weights: Iterator[tuple[slice, Tensor]]) -> Tensor:
@@ -109,42 +177,28 @@ def _by_rows(x_TI: Tensor, O: int, bias_O: Tensor | None, weights: Iterator[tupl
     return y_TO if bias_O is None else y_TO.add_(bias_O)
 
 
-def _sum_over_rows(g_TO: Tensor, weights: Iterator[tuple[slice, Tensor]]) -> Tensor:
-    """(T, I): g W, W given in pieces of rows."""
-    dx_TI = None
+def _plus(dx_TI: Tensor | None, g_TO: Tensor, weights: Iterable[tuple[slice, Tensor]]) -> Tensor:
+    """(T, I): dx, in its place, plus g W, W given in pieces of rows."""
     for rows, weight_NI in weights:
-        dx_TI = product(g_TO[:, rows], weight_NI) if dx_TI is None else dx_TI.addmm_(g_TO[:, rows], weight_NI)
+        g_TN = g_TO[:, rows]
+        if dx_TI is None:
+            dx_TI = product(g_TN, weight_NI)
+        elif gemm.ONEDNN_IS_FASTER:
+            dx_TI.add_(product(g_TN, weight_NI))
+        else:
+            _add_product_(dx_TI, g_TN, weight_NI, 1.0)
     assert dx_TI is not None
     return dx_TI
 
 
-def adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias_O: Tensor | None,
-    A_RI: Tensor,
-    B_OR: Tensor,
-    kept_PQ: Tensor | None,
-    block: int,
-    scale: float,
-    *,
-    merged: bool,
-    dropped: Tensor | None = None,
-    unpack: Unpack | None = None,
-    fused: bool = False,
-) -> Tensor:
-    """x W^T + bias + s dropped (mask . BA)^T for x of shape (..., I).
+def adapted_linears(x: Tensor, layers: Sequence[Adapted], dropped: Tensor | None = None) -> list[Tensor]:
+    """x W^T + bias + s dropped (mask . BA)^T for x of shape (..., I), by layer.
 
     Args:
-        weight: (O, I), of x's dtype; with `unpack`, what it makes this of. It gets no gradient, nor does the bias.
-        kept_PQ: mask of tiles; None: plain LoRA.
-        merged: which form; needs a mask, and x as the update sees it.
-        dropped: what the update sees of x, of its shape; None: x itself.
-        fused: the factorised form by the kernel for GPUs (`kernel.py`).
+        dropped: what the updates see of x, of its shape; None: x itself.
     """
     flat = None if dropped is None else dropped.reshape(-1, dropped.shape[-1])
+    tensors = [tensor for layer in layers for tensor in layer[:_TENSORS]]
     with without_autocast(x):
-        y_TO = _AdaptedLinear.apply(
-            x.reshape(-1, x.shape[-1]), flat, weight, bias_O, A_RI, B_OR, kept_PQ, block, scale, merged, unpack, fused
-        )
-    return y_TO.view(*x.shape[:-1], -1)
+        ys = _AdaptedLinears.apply(x.reshape(-1, x.shape[-1]), flat, [layer[_TENSORS:] for layer in layers], *tensors)
+    return [y_TO.view(*x.shape[:-1], -1) for y_TO in ys]

@@ -14,7 +14,7 @@ triton = pytest.importorskip("triton", reason="needs triton, which torch brings 
 
 from lora_dist.adapter import masked_product, tiles  # noqa: E402
 from lora_dist.adapter.layer import is_factorised, is_fused  # noqa: E402
-from lora_dist.adapter.linear import adapted_linear  # noqa: E402
+from lora_dist.adapter.linear import Adapted, adapted_linears  # noqa: E402
 from lora_dist.blocks import BlockMask, grid  # noqa: E402
 
 NAME = "lora_dist.adapter.kernel"
@@ -70,7 +70,7 @@ def test_output_and_gradients_are_those_of_the_other_forms(shape, block, rank, t
     for fused in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
         alone = masked_product(*leaves, mask.kept_PQ, block, 0.7, factorised=True, fused=fused)
-        y = adapted_linear(leaves[0], W, None, *leaves[1:], mask.kept_PQ, block, 0.7, merged=False, fused=fused)
+        (y,) = adapted_linears(leaves[0], [Adapted(W, None, *leaves[1:], mask.kept_PQ, block, 0.7, fused=fused)])
         found[fused] = [alone, y, *torch.autograd.grad(alone, leaves, g), *torch.autograd.grad(y, leaves, g)]
     for mine, other in zip(found[True], found[False], strict=True):
         assert mine.dtype == other.dtype and mine.shape == other.shape

@@ -7,7 +7,7 @@ import torch
 
 from lora_dist import gemm
 from lora_dist.adapter import linear, masked_delta, masked_product, tiles
-from lora_dist.adapter.linear import adapted_linear
+from lora_dist.adapter.linear import Adapted, adapted_linears
 from lora_dist.blocks import BlockMask, ElementMask, grid
 
 SHAPES = [(64, 48, 16), (70, 50, 16), (40, 24, 8), (100, 36, 32), (16, 16, 16)]
@@ -53,7 +53,8 @@ def test_base_and_update_in_one_step_equal_autograd_on_the_dense_formula(O, I, b
     bias = torch.randn(O, generator=generator, dtype=torch.float64) if biased else None
     dropped = torch.nn.functional.dropout(x, 0.3) if form == "dropped" else None
     kept_PQ, kept_OI = (None, torch.ones(O, I)) if form == "plain" else (mask.kept_PQ, mask.expand())
-    y = adapted_linear(x, W, bias, A, B, kept_PQ, block, 0.7, merged=form.startswith("merged"), dropped=dropped)
+    layer = Adapted(W, bias, A, B, kept_PQ, block, 0.7, merged=form.startswith("merged"))
+    (y,) = adapted_linears(x, [layer], dropped)
     seen = x if dropped is None else dropped
     reference = torch.nn.functional.linear(x, W, bias) + dense_formula(seen, A, B, kept_OI, 0.7)
     torch.testing.assert_close(y, reference, rtol=1e-12, atol=1e-12)
