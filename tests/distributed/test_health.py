@@ -75,7 +75,8 @@ def assert_same_adapter(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "strategy", [name if name != "zero3-offload" else pytest.param(name, marks=pytest.mark.matrix) for name in STRATEGIES]
+    "strategy",
+    [pytest.param(name, marks=pytest.mark.long) if name in ("zero1", "zero3-offload") else name for name in STRATEGIES],
 )
 def test_a_batch_that_is_left_out_leaves_nothing_behind(strategy, pair, arguments, tmp_path):
     """The steps after it are, bit for bit, those of a run whose data never had it: one with a non-finite loss over finite gradients

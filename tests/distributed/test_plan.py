@@ -22,7 +22,7 @@ def pair(tmp_path_factory):
     group.close()
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("zero1", marks=pytest.mark.long), "zero2", "zero3"])
 def test_a_rank_holds_what_is_planned(pair: WorkerGroup, tiny_base: Path, tiny_text: Path, tmp_path: Path, strategy: str) -> None:
     def argv(steps: int, **more: object) -> list[str]:
         common = {"parallel__strategy": strategy, "max_steps": steps, "eval_strategy": "no", "load_best_model_at_end": "false"}

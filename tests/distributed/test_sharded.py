@@ -255,7 +255,7 @@ def test_a_gradient_that_is_not_finite_stops_all_before_the_optimizer_moves(stra
     assert "Resuming from" in again.output and list(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2", pytest.param("zero3", marks=pytest.mark.long)])
 def test_an_overflow_of_fp16_is_skipped_by_all(strategy, pair, arguments, tiny_base, tmp_path):
     """The gradients of one rank are not finite from a step on: the scale halves at every step, and nothing moves."""
     arguments_ = arguments(tiny_base, tmp_path / "run", strategy, max_steps=8, fp16=True)

@@ -113,7 +113,8 @@ def check_norms(facts: list[dict], saved: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long) if n.startswith("zero3-offload") else n for n in STRATEGIES]
+    "name",
+    [pytest.param(n, marks=pytest.mark.long) if n.startswith(("zero1-offload", "zero3-offload")) else n for n in STRATEGIES],
 )
 def test_two_processes_train_what_one_does(name, groups, arguments, one_process, tmp_path):
     reference, alone = one_process
@@ -133,7 +134,7 @@ def test_two_processes_train_what_one_does(name, groups, arguments, one_process,
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        ("fsdp2", "bf16"), ("zero3", "bf16"), ("zero2", "fp16"),
+        ("fsdp2", "bf16"), ("zero2", "fp16"), pytest.param("zero3", "bf16", marks=pytest.mark.long),
         *(pytest.param(*pair, marks=pytest.mark.matrix) for pair in (("zero2", "bf16"), ("fsdp2", "fp16"), ("zero3", "fp16"))),
     ],
 )  # fmt: skip
@@ -165,14 +166,14 @@ def test_a_dense_model_teaches_two_processes_what_it_teaches_one(name, groups, a
         assert two == pytest.approx(one, rel=1e-5) and len(one) == 4
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero1", "zero3"])
+@pytest.mark.parametrize("name", ["fsdp2", "zero1", pytest.param("zero3", marks=pytest.mark.long)])
 def test_gradient_checkpointing_changes_nothing(name, groups, arguments, tmp_path):
     for on in (False, True):
         groups[2].run(*arguments(tmp_path / str(on), name, 2, max_steps=5, gradient_checkpointing=on, adapter__lora_dropout=0.1))
     assert_identical(tmp_path / "False", tmp_path / "True")
 
 
-@pytest.mark.parametrize("name", ["fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", ["fsdp2", "zero2", pytest.param("zero3", marks=pytest.mark.long)])
 def test_the_best_adapter_is_put_back(name, groups, arguments, tmp_path):
     """Too high a rate ruins the model after the first evaluations: what is kept is the best, in every copy there is."""
     shared = {
