@@ -133,8 +133,9 @@ format: $(STAMP)  ## put the code into the project's format
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
+# Measured on a machine of its own (or on one thread, --shared), where threads that spin are a tenth faster than those that sleep.
 bench: $(STAMP)  ## speed and memory of training beside Trainer with PEFT and dense-masked LoRA (ARGS="out/bench --preset cpu"; about 30 minutes)
-	@$(BIN)/python scripts/bench/run.py $(if $(ARGS),$(ARGS),out/bench)
+	@env -u OMP_WAIT_POLICY $(BIN)/python scripts/bench/run.py $(if $(ARGS),$(ARGS),out/bench)
 
 bench-quick: $(STAMP)  ## ratios of speed and memory on a very small model, far from what is measured (a minute or two)
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(BIN)/python scripts/bench/run.py "$$out" --preset quick --repeats 2
