@@ -108,25 +108,19 @@ class _AdaptedLinears(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for layer, g_TO, merged in zip(layers, gradients, again, strict=True):
                 dx = _plus(dx, g_TO, layer.merged_rows(g_TO) if merged else [(slice(None), layer.weight_OI)])
-        d_seen = torch.zeros_like(seen_TI) if ctx.dropped and ctx.needs_input_grad[1] else None if ctx.dropped else dx
-        found: list[tuple[Tensor, Tensor] | None] = []
-        plain: list[tuple[Adapted, Tensor]] = []
-        for layer, g_TO, merged in zip(layers, gradients, again, strict=True):
-            if layer.kept_PQ is None:
-                plain.append((layer, g_TO))
-                found.append(None)
-                continue
-            into = None if merged else d_seen
-            found.append(
-                update_gradients(
-                    g_TO, seen_TI, layer.A_RI, layer.B_OR, layer.kept_PQ, layer.block, layer.scale, into, layer.fused
+        d_seen = dx
+        if ctx.dropped:
+            d_seen = torch.zeros_like(seen_TI) if ctx.needs_input_grad[1] else None
+        plain = [i for i, layer in enumerate(layers) if layer.kept_PQ is None]
+        of_plain = _plain_gradients([(layers[i], gradients[i]) for i in plain], seen_TI, z_TS, d_seen)
+        pairs = dict(zip(plain, of_plain, strict=True))
+        for i, layer in enumerate(layers):
+            if layer.kept_PQ is not None:
+                A_RI, B_OR, kept_PQ, into = layer.A_RI, layer.B_OR, layer.kept_PQ, None if again[i] else d_seen
+                pairs[i] = update_gradients(
+                    gradients[i], seen_TI, A_RI, B_OR, kept_PQ, layer.block, layer.scale, into, layer.fused
                 )
-            )
-        of_plain = iter(() if z_TS is None else _plain_gradients(plain, seen_TI, z_TS, d_seen))
-        result: list[Tensor | None] = []
-        for pair in found:
-            dA, dB = next(of_plain) if pair is None else pair
-            result += [None, None, dA, dB, None]
+        result = [gradient for i in range(len(layers)) for gradient in (None, None, *pairs[i], None)]
         return dx, d_seen if ctx.dropped else None, None, *result
 
 
@@ -142,9 +136,15 @@ def _stacked(layers: Sequence[Adapted], dtype: torch.dtype) -> Tensor:
 
 
 def _plain_gradients(
-    layers: Sequence[tuple[Adapted, Tensor]], x_TI: Tensor, z_TS: Tensor, dx_TI: Tensor | None
+    layers: Sequence[tuple[Adapted, Tensor]], x_TI: Tensor, z_TS: Tensor | None, dx_TI: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Gradients of A and B, in their dtypes, of layers without a mask and the gradients of their outputs; that of x is added to `dx_TI`."""
+    """Gradients of A and B, in their dtypes, of layers without a mask, each with the gradient of its output; that of x is added to `dx_TI`.
+
+    Args:
+        z_TS: x A^T of all of them, ranks beside each other; None: there are no such layers.
+    """
+    if z_TS is None:
+        return
     dtype = x_TI.dtype
     each = [matmul(g_TO, layer.B_OR.to(dtype)).mul_(layer.scale) for layer, g_TO in layers]
     dz_TS = each[0] if len(each) == 1 else torch.cat(each, 1)
