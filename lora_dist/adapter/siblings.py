@@ -48,10 +48,12 @@ class Siblings:
             return None
         if any(one.drops_out for one in self._layers):  # each layer by itself
             return None
-        prepared = [one.prepared(x) for one in self._layers]
-        adapted = [each for each in prepared if each is not None and not each.fused]
-        if len(adapted) < len(self._layers):
-            return None
+        adapted = []
+        for one in self._layers:
+            each = one.prepared(x)
+            if each is None or each.fused:
+                return None
+            adapted.append(each)
         outputs = dict(zip(map(id, self._layers), adapted_linears(x, adapted), strict=True))
         y = outputs.pop(id(layer))
         self._x, self._waiting = x, outputs

@@ -124,11 +124,10 @@ def _chunks(x_TI: Tensor, mask_PQ: Tensor, rank: int) -> Iterator[tuple[list[sli
         chunk_bytes *= _HALF
     C = T if chunk_bytes is None else min(T, max(_LEAST_TOKENS, chunk_bytes // (max(P, Q) * rank * mask_PQ.element_size())))
     chunks = list(pieces(x_TI, T, max(1, C)))
-    S = min(torch.get_num_threads(), T // max(1, C)) if device_type(x_TI) == "cpu" else 1
+    whole = [rows for rows in chunks if rows.stop - rows.start == C]
+    S = max(1, min(torch.get_num_threads(), len(whole))) if device_type(x_TI) == "cpu" else 1
     z, u = mask_PQ.new_empty(S * Q * C * rank), mask_PQ.new_empty(S * P * C * rank)
-    while chunks:
-        together = chunks[:S] if chunks[S - 1 : S] and chunks[S - 1].stop - chunks[S - 1].start == C else chunks[:1]
-        del chunks[: len(together)]
+    for together in [whole[i : i + S] for i in range(0, len(whole), S)] + [[rows] for rows in chunks[len(whole) :]]:
         s, c = len(together), together[0].stop - together[0].start
         yield together, z[: s * Q * c * rank].view(s, Q, c, rank), u[: s * P * c * rank].view(s, P, c, rank)
 

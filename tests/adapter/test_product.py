@@ -63,9 +63,11 @@ def test_base_and_update_in_one_step_equal_autograd_on_the_dense_formula(O, I, b
         torch.testing.assert_close(mine, their, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("tokens", [1, 31, 300])
-def test_chunks_of_tokens_change_nothing(tokens, monkeypatch):
-    """Also a last chunk that is shorter, and none of them a whole number of tiles."""
+@pytest.mark.parametrize("tokens", [1, 31, 64, 300])
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_chunks_of_tokens_change_nothing(tokens, threads, monkeypatch):
+    """Also a last chunk that is shorter, fewer chunks than threads at the end, and none of them a whole number of tiles."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x, A, B, mask, g = case((70, 50), 16, torch.float64, batch=(tokens,))
     found = []
     for chunk_bytes in (1, 2**30):  # 32 tokens, all tokens
