@@ -78,8 +78,8 @@ def _by_onednn(x: Tensor, columns: int = 0) -> bool:
     )
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """(T, O): x W^T + bias, of one dtype."""
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, out_TO: Tensor | None = None) -> Tensor:
+    """(T, O): x W^T + bias, of one dtype; in `out_TO`, where that spares memory that would be handed out anew."""
     if _by_onednn(x_TI, len(weight_OI)):
         if torch.compiler.is_compiling():
             return _opaque(x_TI, weight_OI, bias_O)
@@ -87,7 +87,11 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
     if compute_dtype(x_TI) != x_TI.dtype:
         y_TO = matmul(x_TI, weight_OI.T)
         return y_TO if bias_O is None else y_TO.add_(bias_O)
-    return F.linear(x_TI, weight_OI, bias_O)
+    if out_TO is None:
+        return F.linear(x_TI, weight_OI, bias_O)
+    if bias_O is None:
+        return torch.mm(x_TI, weight_OI.T, out=out_TO)
+    return torch.addmm(bias_O, x_TI, weight_OI.T, out=out_TO)
 
 
 def product(x_TO: Tensor, weight_OI: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lora_dist.gemm import device_type, linear, product
-from lora_dist.models.lesson import Lesson, log_sum
+from lora_dist.models.lesson import SMALLEST, Lesson, log_sum
 
 IGNORE = -100
 """label of a token that does not count"""
@@ -61,19 +61,25 @@ class _ChunkedSum(torch.autograd.Function):
         rows = chunk_rows(hidden_TH, V, chunk_bytes, lesson=lesson is not None)
         in_place = lesson is None and shares_in_place(hidden_TH)
         # Kept from chunk to chunk: memory that a CPU hands out anew has to be zeroed first.
+        logits_buffer = hidden_TH.new_empty((rows, V)) if in_place else None
         shares_buffer = hidden_TH.new_empty((0 if in_place else rows, V), dtype=torch.float32)
         soft_buffer = torch.empty_like(shares_buffer) if lesson is not None and lesson.temperature != 1 else shares_buffer
         for start in range(0, T, rows):
             hidden_CH, targets_C1 = hidden_TH[start : start + rows], targets_T[start : start + rows, None]
-            logits_CV = linear(hidden_CH, weight_VH, bias_V)
+            out_CV = None if logits_buffer is None else logits_buffer[: len(hidden_CH)]
+            logits_CV = linear(hidden_CH, weight_VH, bias_V, out_CV)
             shares_CV = logits_CV if in_place else shares_buffer[: len(hidden_CH)]
             soft_CV = shares_CV if in_place else soft_buffer[: len(hidden_CH)]
             if soft_CV is not shares_CV and lesson is not None:
                 torch.softmax(shares_CV.copy_(logits_CV).div_(lesson.temperature), -1, out=soft_CV)
-            largest_C1, of_targets_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, targets_C1).float()
-            torch.softmax(logits_CV, -1, dtype=torch.float32, out=shares_CV)
-            # no further pass that writes (C, V)
-            total += (log_sum(largest_C1, shares_CV) - of_targets_C1).sum()
+            if in_place:
+                torch.softmax(logits_CV, -1, out=shares_CV)
+                total += _from_shares(shares_CV.gather(1, targets_C1), hidden_CH, weight_VH, bias_V, targets_C1)
+            else:
+                largest_C1, of_targets_C1 = logits_CV.amax(-1, keepdim=True), logits_CV.gather(1, targets_C1).float()
+                torch.softmax(logits_CV, -1, dtype=torch.float32, out=shares_CV)
+                # no further pass that writes (C, V)
+                total += (log_sum(largest_C1, shares_CV) - of_targets_C1).sum()
             if lesson is not None:
                 divergence += _mix(lesson, start, logits_CV, shares_CV, soft_CV, targets_C1)
             elif grad_TH is not None:
@@ -92,6 +98,17 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         (grad_TH,) = ctx.saved_tensors
         return (grad_TH * scale).to(ctx.dtype), None, None, None, None, None
+
+
+def _from_shares(shares_C1: Tensor, hidden_CH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_C1: Tensor) -> Tensor:
+    """A chunk's cross-entropy by the shares of its targets, which spares two passes over logits; logits of tokens whose share float32 has no
+    room for are made again."""
+    losses_C1 = -shares_C1.log()
+    tiny_C = (shares_C1 < SMALLEST).squeeze(1)
+    if not tiny_C.is_meta and tiny_C.any():
+        logits_NV = linear(hidden_CH[tiny_C], weight_VH, bias_V)
+        losses_C1[tiny_C] = logits_NV.logsumexp(-1, keepdim=True) - logits_NV.gather(1, targets_C1[tiny_C])
+    return losses_C1.sum()
 
 
 def _mix(lesson: Lesson, start: int, logits_CV: Tensor, shares_CV: Tensor, soft_CV: Tensor, targets_C1: Tensor) -> Tensor:

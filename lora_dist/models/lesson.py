@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_SMALLEST = 1e-30
+SMALLEST = 1e-30
 """of a probability whose logarithm is taken"""
 
 
@@ -161,7 +161,7 @@ class TopLesson(Lesson):
         log_q_CK = logits_CV.gather(1, index_CK).float() / self.temperature - total_C1
         q_CK = q_CV.gather(1, index_CK)
         q_CV.scatter_(1, index_CK, 0.0)
-        q_rest_C1 = q_CV.sum(-1, keepdim=True).clamp_min(_SMALLEST)  # not 1 less the others, which would cancel
+        q_rest_C1 = q_CV.sum(-1, keepdim=True).clamp_min(SMALLEST)  # not 1 less the others, which would cancel
         kl = (p_CK * (log_p_CK - log_q_CK)).sum() + torch.where(rest_C1 > 0, rest_C1 * (log_rest_C1 - q_rest_C1.log()), 0.0).sum()
         q_CV.mul_(1 - share * rest_C1 / q_rest_C1)
         q_CV.scatter_(1, index_CK, q_CK - share * p_CK)
@@ -190,7 +190,7 @@ def distance(own: Sequence[Tensor], other: Sequence[Tensor], labels_BL: Tensor) 
     total = torch.zeros((), dtype=torch.float32, device=own[0].device)
     for s_BLH, t_BLH in zip(own, other, strict=True):
         s_NH, t_NH = (x[:, :-1].flatten(0, 1).index_select(0, counted_N).float() for x in (s_BLH, t_BLH))
-        total = total + ((s_NH - t_NH).square().sum(-1) / t_NH.square().sum(-1).clamp_min(_SMALLEST)).sum()
+        total = total + ((s_NH - t_NH).square().sum(-1) / t_NH.square().sum(-1).clamp_min(SMALLEST)).sum()
     return total / len(own)
 
 

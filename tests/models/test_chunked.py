@@ -72,6 +72,28 @@ def test_a_chunk_is_what_its_bytes_have_room_for(dtype: torch.dtype, lesson: boo
     assert chunked.chunk_rows(torch.empty(50, 1, dtype=dtype), 2**25, 2**24, lesson=lesson) == 1
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_targets_that_are_all_but_impossible_keep_their_loss(bias: bool) -> None:
+    """Shares of exp(-200) are zero in float32; the loss is 200 or so, beside tokens whose share is near one."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 40, bias=bias).requires_grad_(False)
+    with torch.no_grad():
+        head.weight.mul_(100)
+    made = ChunkedHead.of(head)
+    made.chunked, made.chunk_bytes = True, 2 * 4 * 40 * 5
+    hidden_BLH = torch.randn(2, 13, 8, requires_grad=True)
+    logits_BLV = torch.nn.functional.linear(hidden_BLH, head.weight, head.bias)
+    labels_BL = torch.cat([torch.zeros(2, 1).long(), logits_BLV[:, :-1].argmin(-1)], dim=1)
+    labels_BL[:, 3] = logits_BLV[:, 2].argmax(-1)
+    each = torch.nn.functional.cross_entropy(logits_BLV[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten(), reduction="none")
+    assert each.max() > 200 and each.min() < 1e-3
+    expected = torch.autograd.grad(each.sum(), hidden_BLH)[0]
+    with made.scoring(labels_BL):
+        total = made(hidden_BLH)
+    torch.testing.assert_close(total, each.detach().sum(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(total, hidden_BLH)[0], expected, rtol=1e-5, atol=1e-4)
+
+
 def test_nothing_as_large_as_the_logits_is_kept() -> None:
     ids_BL, labels_BL = labelled()
 
