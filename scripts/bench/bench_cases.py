@@ -77,6 +77,7 @@ def _cpu() -> list[Case]:
     return [
         Case("vocabulary 32,000", 512, 4, 32000, rows=4, ways=_ALL),
         Case("vocabulary 4,096", 512, 4, 4096, rows=4, ways=_ALL),
+        Case("vocabulary 32,000, width 256", 256, 4, 32000, rows=4, ways=_ALL),
         Case("vocabulary 32,000, bf16", 512, 4, 32000, rows=4, precision="bf16", ways=_ALL),
         Case("vocabulary 4,096, bf16", 512, 4, 4096, rows=4, precision="bf16", ways=_ALL),
         Case("width 1,024", 1024, 3, 4096, rows=2, ways=_LAYERS),
