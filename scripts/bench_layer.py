@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lora_dist.adapter import masked_product
 from lora_dist.adapter.layer import factorised_is_cheaper, merged_is_cheaper
-from lora_dist.adapter.linear import Adapted, adapted_linears
+from lora_dist.adapter.linear import Adapted, Form, adapted_linears
 from lora_dist.blocks import BlockMask, grid
 
 BLOCK = 16
@@ -80,9 +80,9 @@ class Case:
             nn.Parameter(self.B.detach()),
         )
 
-    def adapted(self, x: Tensor, *, masked: bool = True, merged: bool = False, fused: bool = False) -> Tensor:
+    def adapted(self, x: Tensor, *, masked: bool = True, form: Form = "beside") -> Tensor:
         kept_PQ = self.kept_PQ if masked else None
-        layer = Adapted(self.weight, None, self.A, self.B, kept_PQ, BLOCK, self.scale, merged, fused)
+        layer = Adapted(self.weight, None, self.A, self.B, kept_PQ, BLOCK, self.scale, form)
         return adapted_linears(x, [layer])[0]
 
     def base(self, x: Tensor) -> Tensor:
@@ -98,10 +98,10 @@ class Case:
         return self.adapted(x)
 
     def triton(self, x: Tensor) -> Tensor:
-        return self.adapted(x, fused=True)
+        return self.adapted(x, form="kernel")
 
     def merged(self, x: Tensor) -> Tensor:
-        return self.adapted(x, merged=True)
+        return self.adapted(x, form="merged")
 
     def dense(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight) + masked_product(x, self.A, self.B, self.kept_PQ, BLOCK, self.scale, factorised=False)

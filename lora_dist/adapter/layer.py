@@ -176,22 +176,18 @@ class BlockLoraLinear(LoraLinear):
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if hooked or trained or autocast or x.dtype != base.weight.dtype or isinstance(mask, ElementMask):
             return None
-        tokens = x.numel() // x.shape[-1]
-        merged = (
-            mask is not None
-            and form == "auto"
-            and not self.drops_out
-            and x.dtype.itemsize >= 4
-            and merged_is_cheaper(mask.shape, tokens)
-        )
-        if mask is not None and not merged and not is_factorised(form, mask, self.r[adapter], x):
-            return None
         A_RI, B_OR = self._factors(adapter)
         kept, block = (None, 1) if mask is None else (self.lora_kept[adapter], mask.block)
-        scale = self.scaling[adapter]
         unpack = getattr(base, "unpacked_OI", None)
-        fused = mask is not None and is_fused(form, mask, self.r[adapter], x)
-        return Adapted(base.weight, base.bias, A_RI, B_OR, kept, block, scale, merged, fused, unpack)
+        adapted = Adapted(base.weight, base.bias, A_RI, B_OR, kept, block, self.scaling[adapter], unpack=unpack)
+        if mask is None:
+            return adapted
+        tokens = x.numel() // x.shape[-1]
+        if form == "auto" and not self.drops_out and x.dtype.itemsize >= 4 and merged_is_cheaper(mask.shape, tokens):
+            return adapted._replace(form="merged")
+        if is_fused(form, mask, self.r[adapter], x):
+            return adapted._replace(form="kernel")
+        return adapted if is_factorised(form, mask, self.r[adapter], x) else None
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (R, I) and B (O, R); frozen ranks without a gradient."""

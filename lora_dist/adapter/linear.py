@@ -15,7 +15,7 @@ and those of plain LoRA read x for all of their A at once. Called by `layer.py` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,11 @@ Unpack = Callable[[Tensor, torch.dtype], Tensor]
 """what a linear holds of its weight, and the dtype of the product -> the weight (O, I), good until the next one is asked for"""
 
 
+Form = Literal["beside", "merged", "kernel"]
+"""see the module's docstring; merged needs a mask, and x as the update sees it. kernel: beside, with a mask, by the kernel for GPUs
+(`kernel.py`)"""
+
+
 class Adapted(NamedTuple):
     """A frozen linear and its update."""
 
@@ -44,10 +49,7 @@ class Adapted(NamedTuple):
     """mask of tiles; None: plain LoRA"""
     block: int
     scale: float
-    merged: bool = False
-    """which form; needs a mask, and x as the update sees it"""
-    fused: bool = False
-    """the factorised form by the kernel for GPUs (`kernel.py`)"""
+    form: Form = "beside"
     unpack: Unpack | None = None
 
     @property
@@ -84,14 +86,16 @@ class _AdaptedLinears(torch.autograd.Function):
         parts = iter(() if z_TS is None else z_TS.split([len(layer.A_RI) for layer in plain], 1))
         ys = []
         for layer in layers:
-            if layer.merged:
+            if layer.form == "merged":
                 ys.append(_by_rows(x_TI, len(layer.B_OR), layer.bias_O, layer.merged_rows(x_TI)))
                 continue
             y_TO = linear(x_TI, layer.weight_OI, layer.bias_O)
             if layer.kept_PQ is None:
                 _add_product_(y_TO, next(parts), layer.B_OR.to(x_TI.dtype).T, layer.scale)
             else:
-                add_update_(y_TO, seen_TI, layer.A_RI, layer.B_OR, layer.kept_PQ, layer.block, layer.scale, layer.fused)
+                add_update_(
+                    y_TO, seen_TI, layer.A_RI, layer.B_OR, layer.kept_PQ, layer.block, layer.scale, layer.form == "kernel"
+                )
             ys.append(y_TO)
         ctx.save_for_backward(seen_TI, z_TS, *tensors)
         ctx.fields, ctx.dropped = fields, dropped_TI is not None
@@ -104,7 +108,7 @@ class _AdaptedLinears(torch.autograd.Function):
         layers = _layers(tensors, ctx.fields)
         dx = None
         # Adding the update to the weight again is a matter of O rows, adding its share to the gradient one of T.
-        again = [layer.merged and len(layer.B_OR) <= len(seen_TI) for layer in layers]
+        again = [layer.form == "merged" and len(layer.B_OR) <= len(seen_TI) for layer in layers]
         if ctx.needs_input_grad[0]:
             for layer, g_TO, merged in zip(layers, gradients, again, strict=True):
                 dx = _plus(dx, g_TO, layer.merged_rows(g_TO) if merged else [(slice(None), layer.weight_OI)])
@@ -118,7 +122,7 @@ class _AdaptedLinears(torch.autograd.Function):
             if layer.kept_PQ is not None:
                 A_RI, B_OR, kept_PQ, into = layer.A_RI, layer.B_OR, layer.kept_PQ, None if again[i] else d_seen
                 pairs[i] = update_gradients(
-                    gradients[i], seen_TI, A_RI, B_OR, kept_PQ, layer.block, layer.scale, into, layer.fused
+                    gradients[i], seen_TI, A_RI, B_OR, kept_PQ, layer.block, layer.scale, into, layer.form == "kernel"
                 )
         result = [gradient for i in range(len(layers)) for gradient in (None, None, *pairs[i], None)]
         return dx, d_seen if ctx.dropped else None, None, *result

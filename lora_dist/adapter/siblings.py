@@ -51,7 +51,7 @@ class Siblings:
         adapted = []
         for one in self._layers:
             each = one.prepared(x)
-            if each is None or each.fused:
+            if each is None or each.form == "kernel":
                 return None
             adapted.append(each)
         outputs = dict(zip(map(id, self._layers), adapted_linears(x, adapted), strict=True))

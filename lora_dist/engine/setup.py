@@ -140,26 +140,7 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         check_identity(checkpoint, identity)
         check_quantisation(checkpoint, base)
     elements = matrix_elements(opened.base.model)
-    if kind != "classification" and config.train.cross_entropy != "logits":
-        put_chunked_head(base.model)
-    model = with_adapter(config, opened, pattern)
-    if config.train.torch_compile:
-        compile_layers(base.model)
-        console.note("torch.compile: every decoder layer is compiled when it is first called, which takes its time")
-    if config.train.gradient_checkpointing_layers != "all":
-        layers = len(decoder_layers(base.model)[1])
-        console.note(
-            f"gradient checkpointing: the first {config.train.gradient_checkpointing_layers} of {layers} layers are computed again"
-        )
-    if config.without_effect():
-        console.note(f"{', '.join(config.without_effect())}: without effect with train.mode {config.train.mode}")
-    console.adapter_applied(
-        *count_parameters(model), *(["Sparse full fine-tuning"] if config.train.mode == "sparse_full" else [])
-    )
-    if pattern is not None:
-        console.pattern(
-            "mixed" if pattern.is_mixed else pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest
-        )
+    model = _adapted(config, console, opened, pattern, kind)
     data = run_data(config, world, console, base, kind)
     dtype = compute_dtype(config.model.dtype, config.train.bf16, config.train.fp16)
     data = with_teacher(
@@ -184,35 +165,13 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         codes=quantised_weights(base.model, pieces),
         tiles=tile_places(base.model),
     )
-    vocab_size = base.model.config.get_text_config().vocab_size
-    if kind != "classification":  # behind the guard: a forward pass leaves some of what FSDP cut in one piece
-        reason = choose_cross_entropy(
-            strategy.module, world, config.train.cross_entropy, vocab_size=vocab_size, key="train.cross_entropy"
-        )
-        if reason is not None:
-            console.note(f"train.cross_entropy auto: from whole logits ({reason})")
-    if config.data.packing:
-        require_separate(
-            strategy.module,
-            world,
-            vocab_size=vocab_size,
-            max_length=config.data.block_size,
-            rows=batch.micro_batch,
-            kernel=base.model.config._attn_implementation,
-        )
+    _check_losses(config, world, console, base, strategy, kind, rows=batch.micro_batch)
     strategy.settle()
     loader = _loader(config, world, console, batch, data)
     train = config.train
     total_steps = train.max_steps if train.max_steps > 0 else math.ceil(loader.steps_per_epoch * train.num_train_epochs)
     allocation = make_allocation(model, total_steps)
-    state = TrainState(seed=train.seed, num_samples=len(data.train), data_digest=data.train.digest)
-    state.group_by_length, state.teacher = train.group_by_length, data.teacher
-    if checkpoint is not None:
-        state = resume_state(checkpoint, state, strategy, data, batch, allocation)
-        if plan.best_lost or not plan.own:
-            state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
-    train_batch = (batch.global_batch, train.per_device_train_batch_size, train.gradient_accumulation_steps, world.size)
-    state.global_batch, state.micro_batch, state.accumulation, state.processes = train_batch
+    state = _state(config, world, opening, checkpoint, strategy, data, batch, allocation)
     # Nothing was written before this line.
     opening.claim(argv, first_step=state.step, total_steps=total_steps, resumed=checkpoint is not None)
     if opening.folder is not None and opened.found.pattern is not None:
@@ -262,6 +221,82 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
         folder=opening.folder,
         attempt=opening.attempt,
     )
+
+
+def _adapted(config: RunConfig, console: Console, opened: BaseAndPattern, pattern: Pattern | None, kind: str) -> Any:
+    """The base with its adapter, as the user is told about it."""
+    base = opened.base.model
+    if kind != "classification" and config.train.cross_entropy != "logits":
+        put_chunked_head(base)
+    model = with_adapter(config, opened, pattern)
+    if config.train.torch_compile:
+        compile_layers(base)
+        console.note("torch.compile: every decoder layer is compiled when it is first called, which takes its time")
+    if config.train.gradient_checkpointing_layers != "all":
+        layers = len(decoder_layers(base)[1])
+        console.note(
+            f"gradient checkpointing: the first {config.train.gradient_checkpointing_layers} of {layers} layers are computed again"
+        )
+    if config.without_effect():
+        console.note(f"{', '.join(config.without_effect())}: without effect with train.mode {config.train.mode}")
+    console.adapter_applied(
+        *count_parameters(model), *(["Sparse full fine-tuning"] if config.train.mode == "sparse_full" else [])
+    )
+    if pattern is not None:
+        console.pattern(
+            "mixed" if pattern.is_mixed else pattern.kind, pattern.block, pattern.sparsity, len(pattern), pattern.digest
+        )
+    return model
+
+
+def _check_losses(
+    config: RunConfig, world: World, console: Console, base: LoadedBase, strategy: Strategy, kind: str, *, rows: int
+) -> None:
+    """Collective. How the loss is taken from this model, and that packed rows are separate in it. Behind the guard: a forward pass leaves some
+    of what FSDP cut in one piece.
+
+    Args:
+        rows: of a micro-batch.
+    """
+    vocab_size = base.model.config.get_text_config().vocab_size
+    if kind != "classification":
+        reason = choose_cross_entropy(
+            strategy.module, world, config.train.cross_entropy, vocab_size=vocab_size, key="train.cross_entropy"
+        )
+        if reason is not None:
+            console.note(f"train.cross_entropy auto: from whole logits ({reason})")
+    if config.data.packing:
+        require_separate(
+            strategy.module,
+            world,
+            vocab_size=vocab_size,
+            max_length=config.data.block_size,
+            rows=rows,
+            kernel=base.model.config._attn_implementation,
+        )
+
+
+def _state(
+    config: RunConfig,
+    world: World,
+    opening: Opening,
+    checkpoint: Checkpoint | None,
+    strategy: Strategy,
+    data: RunData,
+    batch: BatchPlan,
+    allocation: Allocation | None,
+) -> TrainState:
+    """That of a fresh start, or the checkpoint's."""
+    train = config.train
+    state = TrainState(seed=train.seed, num_samples=len(data.train), data_digest=data.train.digest)
+    state.group_by_length, state.teacher = train.group_by_length, data.teacher
+    if checkpoint is not None:
+        state = resume_state(checkpoint, state, strategy, data, batch, allocation)
+        if opening.plan.best_lost or not opening.plan.own:
+            state.best_metric, state.best_step, state.evals_without_improvement = None, -1, 0  # its files are in another folder
+    train_batch = (batch.global_batch, train.per_device_train_batch_size, train.gradient_accumulation_steps, world.size)
+    state.global_batch, state.micro_batch, state.accumulation, state.processes = train_batch
+    return state
 
 
 def _strategy(

@@ -170,6 +170,8 @@ def by_lora_dist(case: Case, way: str, folder: Path, out: Path, watch: Stopwatch
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [r for r in records if r["event"] == "train"]
     found["losses"] = [r["loss"] for r in steps]
+    shares = [r["mfu"] for r in steps[SKIPPED:] if r.get("mfu") is not None]
+    found["mfu"] = statistics.median(shares) if shares else None
     for phase in watch.phases:
         # measured by lora_dist itself, in seconds
         watch.phases[phase] = math.nan if SHARED else sum(r[f"{phase}_time_s"] for r in steps[SKIPPED:])
@@ -290,6 +292,7 @@ def main() -> int:
         "times_s": times, "step_s": median, "tokens_per_s": case.tokens / median if times else None, "phases_s": phases,
         "peak_bytes": peak_bytes() - found["before"], "loaded_bytes": found["loaded"] - found["before"],
         "first_step_s": watch.first_end_s - launched, "losses": found["losses"],
+        "mfu": found.get("mfu"),
     }  # fmt: skip
     rank = os.environ.get("RANK", "0")
     (out.parent / f"{out.name}-rank-{rank}.json").write_text(json.dumps(result))

@@ -70,7 +70,8 @@ def test_output_and_gradients_are_those_of_the_other_forms(shape, block, rank, t
     for fused in (True, False):
         leaves = [t.clone().requires_grad_() for t in (x, A, B)]
         alone = masked_product(*leaves, mask.kept_PQ, block, 0.7, factorised=True, fused=fused)
-        (y,) = adapted_linears(leaves[0], [Adapted(W, None, *leaves[1:], mask.kept_PQ, block, 0.7, fused=fused)])
+        form = "kernel" if fused else "beside"
+        (y,) = adapted_linears(leaves[0], [Adapted(W, None, *leaves[1:], mask.kept_PQ, block, 0.7, form)])
         found[fused] = [alone, y, *torch.autograd.grad(alone, leaves, g), *torch.autograd.grad(y, leaves, g)]
     for mine, other in zip(found[True], found[False], strict=True):
         assert mine.dtype == other.dtype and mine.shape == other.shape

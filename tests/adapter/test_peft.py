@@ -136,7 +136,7 @@ def test_base_and_update_are_computed_together_where_they_can_be(monkeypatch):
     monkeypatch.setattr(
         layer_module,
         "adapted_linears",
-        lambda x, layers, *rest: taken.append(layers[0].merged) or adapted_linears(x, layers, *rest),
+        lambda x, layers, *rest: taken.append(layers[0].form == "merged") or adapted_linears(x, layers, *rest),
     )
     model = attach_adapter(llama(), prune(llama()), r=4, lora_alpha=8, lora_dropout=0.1)
     layer = next(m for m in model.modules() if isinstance(m, BlockLoraLinear))

@@ -53,7 +53,7 @@ def test_base_and_update_in_one_step_equal_autograd_on_the_dense_formula(O, I, b
     bias = torch.randn(O, generator=generator, dtype=torch.float64) if biased else None
     dropped = torch.nn.functional.dropout(x, 0.3) if form == "dropped" else None
     kept_PQ, kept_OI = (None, torch.ones(O, I)) if form == "plain" else (mask.kept_PQ, mask.expand())
-    layer = Adapted(W, bias, A, B, kept_PQ, block, 0.7, merged=form.startswith("merged"))
+    layer = Adapted(W, bias, A, B, kept_PQ, block, 0.7, "merged" if form.startswith("merged") else "beside")
     (y,) = adapted_linears(x, [layer], dropped)
     seen = x if dropped is None else dropped
     reference = torch.nn.functional.linear(x, W, bias) + dense_formula(seen, A, B, kept_OI, 0.7)

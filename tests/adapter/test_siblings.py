@@ -35,7 +35,8 @@ def test_several_layers_at_once_equal_each_alone(form, tokens):
         kept_PQ = None if form in ("plain", "dropped") or (form == "mixed" and i == 1) else mask.kept_PQ
         factors = draw(rank, 48).requires_grad_(), draw(O, rank).requires_grad_()
         merged = kept_PQ is not None and (form == "merged" or (form == "mixed" and i == 2))
-        layers.append(Adapted(draw(O, 48), draw(O) if i == 1 else None, *factors, kept_PQ, 16, scale, merged))
+        how = "merged" if merged else "beside"
+        layers.append(Adapted(draw(O, 48), draw(O) if i == 1 else None, *factors, kept_PQ, 16, scale, how))
         gradients.append(draw(2, tokens, O))
     leaves = [x, *(factor for layer in layers for factor in (layer.A_RI, layer.B_OR))]
     together = adapted_linears(x, layers, dropped)
