@@ -184,7 +184,7 @@ class BlockLoraLinear(LoraLinear):
             return adapted
         tokens = x.numel() // x.shape[-1]
         if form == "auto" and not self.drops_out and x.dtype.itemsize >= 4 and merged_is_cheaper(mask.shape, tokens):
-            return adapted._replace(form="merged")
+            return adapted._replace(form="merged", dense=not is_factorised(form, mask, self.r[adapter], x))
         if is_fused(form, mask, self.r[adapter], x):
             return adapted._replace(form="kernel")
         return adapted if is_factorised(form, mask, self.r[adapter], x) else None

@@ -7,9 +7,10 @@ Kept for the backward pass are x, W, A, B and the mask, of plain LoRA x A^T (T, 
 - beside: the update is added to the base's output, with a mask in factorised form (`tiles.py`), without as plain LoRA. It costs some passes
   over T x (I + O).
 
-The gradients of A and B are the second form's in both; that of x takes whichever is cheaper. Against a product beside the base's this spares
-passes over y and over the gradient of x, and their memory. Layers with one input (q, k and v; gate and up) add to one gradient of x,
-and those of plain LoRA read x for all of their A at once. Called by `layer.py` and `siblings.py`.
+The gradients of A and B are the second form's in both, or, where a narrow layer has a high rank, taken from the weight's gradient, which is
+made for it (`dense`); that of x takes whichever is cheaper. Against a product beside the base's this spares passes over y and over the
+gradient of x, and their memory. Layers with one input (q, k and v; gate and up) add to one gradient of x, and those of plain LoRA read x for
+all of their A at once. Called by `layer.py` and `siblings.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_dist import gemm
-from lora_dist.adapter.product import masked_delta, without_autocast
+from lora_dist.adapter.product import dense_gradients, masked_delta, without_autocast
 from lora_dist.adapter.tiles import add_update_, update_gradients
 from lora_dist.gemm import compute_dtype, device_type, linear, matmul, pieces, product
 
@@ -50,6 +51,8 @@ class Adapted(NamedTuple):
     block: int
     scale: float
     form: Form = "beside"
+    dense: bool = False
+    """whether a merged update's gradients of A and B are taken from the weight's, which is cheaper where a narrow layer has a high rank"""
     unpack: Unpack | None = None
 
     @property
@@ -119,7 +122,10 @@ class _AdaptedLinears(torch.autograd.Function):
         of_plain = _plain_gradients([(layers[i], gradients[i]) for i in plain], seen_TI, z_TS, d_seen)
         pairs = dict(zip(plain, of_plain, strict=True))
         for i, layer in enumerate(layers):
-            if layer.kept_PQ is not None:
+            if layer.kept_PQ is not None and layer.dense and again[i]:
+                factors = layer.A_RI, layer.B_OR
+                pairs[i] = dense_gradients(gradients[i], seen_TI, *factors, layer.kept_PQ, layer.block, layer.scale)
+            elif layer.kept_PQ is not None:
                 A_RI, B_OR, kept_PQ, into = layer.A_RI, layer.B_OR, layer.kept_PQ, None if again[i] else d_seen
                 pairs[i] = update_gradients(
                     gradients[i], seen_TI, A_RI, B_OR, kept_PQ, layer.block, layer.scale, into, layer.form == "kernel"

@@ -73,6 +73,15 @@ def masked_delta(A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: fl
     return _mask_(matmul(B_OR * scale, A_RI), kept, block)
 
 
+def dense_gradients(
+    g_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of A and B, in their dtypes, by way of the weight's (O, I), which is made for it."""
+    A, B = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
+    dW_OI = _mask_(matmul(g_TO.T, x_TI), kept, block).mul_(scale)
+    return matmul(B.T, dW_OI).to(A_RI.dtype), matmul(dW_OI, A.T).to(B_OR.dtype)
+
+
 class _Dense(torch.autograd.Function):
     """The general path: rebuilds the masked delta in the backward pass. `kept` as in `masked_delta`."""
 
@@ -93,11 +102,7 @@ class _Dense(torch.autograd.Function):
         if need_x:
             dx = matmul(g_TO, masked_delta(A, B, kept, ctx.block, ctx.scale))
         if need_A or need_B:
-            dW_OI = _mask_(matmul(g_TO.T, x_TI), kept, ctx.block).mul_(ctx.scale)
-            if need_A:
-                dA = matmul(B.T, dW_OI).to(A_RI.dtype)
-            if need_B:
-                dB = matmul(dW_OI, A.T).to(B_OR.dtype)
+            dA, dB = dense_gradients(g_TO, x_TI, A_RI, B_OR, kept, ctx.block, ctx.scale)
         return dx, dA, dB, None, None, None
 
 

@@ -41,7 +41,9 @@ def test_output_and_all_gradients_equal_autograd_on_the_dense_formula(O, I, bloc
 
 @pytest.mark.parametrize("O,I,block", SHAPES)
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize("form", ["merged", "merged in pieces", "merged, few tokens", "factorised", "dropped", "plain"])
+@pytest.mark.parametrize(
+    "form", ["merged", "merged in pieces", "merged, dense", "merged, few tokens", "factorised", "dropped", "plain"]
+)
 def test_base_and_update_in_one_step_equal_autograd_on_the_dense_formula(O, I, block, biased, form, monkeypatch):
     monkeypatch.setattr(gemm, "ONEDNN_IS_FASTER", False)
     if form == "merged in pieces":
@@ -53,7 +55,9 @@ def test_base_and_update_in_one_step_equal_autograd_on_the_dense_formula(O, I, b
     bias = torch.randn(O, generator=generator, dtype=torch.float64) if biased else None
     dropped = torch.nn.functional.dropout(x, 0.3) if form == "dropped" else None
     kept_PQ, kept_OI = (None, torch.ones(O, I)) if form == "plain" else (mask.kept_PQ, mask.expand())
-    layer = Adapted(W, bias, A, B, kept_PQ, block, 0.7, "merged" if form.startswith("merged") else "beside")
+    layer = Adapted(
+        W, bias, A, B, kept_PQ, block, 0.7, "merged" if form.startswith("merged") else "beside", form.endswith("dense")
+    )
     (y,) = adapted_linears(x, [layer], dropped)
     seen = x if dropped is None else dropped
     reference = torch.nn.functional.linear(x, W, bias) + dense_formula(seen, A, B, kept_OI, 0.7)
