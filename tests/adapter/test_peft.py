@@ -130,6 +130,17 @@ def test_half_the_tiles_kept_with_a_masked_form_still_equals_masked_gradients(fo
     assert train_a_little(mine, 5) == pytest.approx(train_a_little(theirs, 5), rel=1e-5)
 
 
+@pytest.mark.parametrize("r, dense", [(2, False), (64, True)])
+def test_a_high_rank_on_a_narrow_layer_takes_the_weights_gradient(r, dense):
+    base = LlamaForCausalLM(
+        LlamaConfig(hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8, vocab_size=32)
+    )
+    model = attach_adapter(base, prune(base), r=r, lora_alpha=2 * r, lora_dropout=0.0)
+    layer = next(m for m in model.modules() if isinstance(m, BlockLoraLinear))
+    found = layer.prepared(torch.randn(512, layer.in_features))
+    assert found is not None and (found.form, found.dense) == ("merged", dense)
+
+
 def test_base_and_update_are_computed_together_where_they_can_be(monkeypatch):
     """Merged in 32 bits for many tokens without dropout; not together with a hook on the base, a trained base, or under autocast."""
     taken = []
