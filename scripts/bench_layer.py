@@ -123,7 +123,7 @@ class Case:
         base_dx = self.g.double() @ self.weight.double()
         grads = (grads[0].double() - base_dx, *grads[1:])
         worst = max(float((m.double() - e).norm() / e.norm()) for m, e in zip(grads, exact_grads, strict=True))
-        return float((y.double() - exact).norm() / exact.norm()), worst
+        return float((y.detach().double() - exact.detach()).norm() / exact.detach().norm()), worst
 
     def saved_mib(self, form: Callable[[Tensor], Tensor]) -> float:
         """What autograd holds between forward and backward, parameters, mask and input apart."""

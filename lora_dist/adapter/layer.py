@@ -45,6 +45,18 @@ def merged_is_cheaper(shape: tuple[int, int], tokens: int) -> bool:
     return 4 * tokens >= shape[0]
 
 
+def tiles_give_gradients(shape: tuple[int, int], block: int, rank: int) -> bool:
+    """Whether a merged layer's gradients of A and B cost less by tiles (`tiles.py`) than by way of the weight's gradient.
+
+    In multiply-adds a token of one large product: two mixes of `R PQ` and small products over `R (I + O)` numbers against one product of
+    `O I` and what is made of it. Factors fit float32 on a CPU at widths 512 to 2,048 and ranks 8 to 128 (docs/log.md); on a GPU they are
+    a guess.
+    """
+    O, I = shape
+    P, Q = -(-O // block), -(-I // block)
+    return rank * (7.5 * (I + O) + 1.7 * P * Q) < 1.1 * O * I
+
+
 def is_factorised(form: str, mask: Mask, rank: int, x: Tensor) -> bool:
     """Which form of the product to take for `form` (factorised, triton, dense or auto)."""
     if form != "auto":
@@ -184,7 +196,8 @@ class BlockLoraLinear(LoraLinear):
             return adapted
         tokens = x.numel() // x.shape[-1]
         if form == "auto" and not self.drops_out and x.dtype.itemsize >= 4 and merged_is_cheaper(mask.shape, tokens):
-            return adapted._replace(form="merged", dense=not is_factorised(form, mask, self.r[adapter], x))
+            by_tiles = tiles_give_gradients(mask.shape, mask.block, self.r[adapter])
+            return adapted._replace(form="merged", dense=not by_tiles)
         if is_fused(form, mask, self.r[adapter], x):
             return adapted._replace(form="kernel")
         return adapted if is_factorised(form, mask, self.r[adapter], x) else None

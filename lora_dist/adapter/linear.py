@@ -3,7 +3,7 @@
 Kept for the backward pass are x, W, A, B and the mask, of plain LoRA x A^T (T, R) as well. Two forms of the same numbers:
 
 - merged: x (W + s mask . BA)^T, in 32 bits or more only: in 16, W + dW would round the update away. It costs some passes over O x I numbers, on
-  CPUs a few MiB at a time (docs/log.md).
+  CPUs a few MiB at a time, into memory that all layers share (docs/log.md).
 - beside: the update is added to the base's output, with a mask in factorised form (`tiles.py`), without as plain LoRA. It costs some passes
   over T x (I + O).
 
@@ -15,7 +15,7 @@ all of their A at once. Called by `layer.py` and `siblings.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,10 +25,13 @@ from torch.autograd.function import once_differentiable
 from lora_dist import gemm
 from lora_dist.adapter.product import dense_gradients, masked_delta, without_autocast
 from lora_dist.adapter.tiles import add_update_, update_gradients
+from lora_dist.blocks import Scratch
 from lora_dist.gemm import compute_dtype, device_type, linear, matmul, pieces, product
 
-_PIECE_WEIGHTS = 2**20
-"""that are merged at a time on a CPU; fewer cost the products more than they save (docs/log.md)"""
+_PIECE_WEIGHTS = 2**21
+"""that are merged at a time on a CPU, to stay in its cache (docs/log.md)"""
+_SCRATCH = Scratch()
+"""for W + dW, or for the weight's gradient, of one layer at a time on a CPU: memory handed out anew costs as much as what is computed in it"""
 Unpack = Callable[[Tensor, torch.dtype], Tensor]
 """what a linear holds of its weight, and the dtype of the product -> the weight (O, I), good until the next one is asked for"""
 
@@ -59,16 +62,23 @@ class Adapted(NamedTuple):
     def weight_OI(self) -> Tensor:
         return self.weight if self.unpack is None else self.unpack(self.weight, self.weight.dtype)
 
-    def merged_rows(self, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of W + s mask . BA, for products with x: as few at a time as stay in the processor's cache, or all of them."""
+    def merged_OI(self, x: Tensor) -> Tensor:
+        """W + s mask . BA, for a product with x; good until `_scratch` is asked for again."""
         assert self.kept_PQ is not None
         W_OI, b = self.weight_OI, self.block
         O, I = W_OI.shape
-        size = O if device_type(x) != "cpu" or gemm.ONEDNN_IS_FASTER else max(1, _PIECE_WEIGHTS // (b * I)) * b
         A, B = self.A_RI.to(W_OI.dtype), self.B_OR.to(W_OI.dtype)
-        for rows in pieces(x, O, size):
+        merged_OI = _scratch(O, I, W_OI)
+        for rows in pieces(x, O, max(1, _PIECE_WEIGHTS // (b * I)) * b if device_type(x) == "cpu" else O):
             kept = self.kept_PQ[rows.start // b : -(-rows.stop // b)]
-            yield rows, masked_delta(A, B[rows], kept, b, self.scale).add_(W_OI[rows])
+            masked_delta(A, B[rows], kept, b, self.scale, out_OI=merged_OI[rows]).add_(W_OI[rows])
+        return merged_OI
+
+
+def _scratch(O: int, I: int, like: Tensor) -> Tensor:
+    """(O, I), with anything in it; on a CPU good until the next call."""
+    shared = like.device.type == "cpu" and not torch.compiler.is_compiling()
+    return _SCRATCH.matrix(O, I, like) if shared else like.new_empty((O, I))
 
 
 _TENSORS = 5
@@ -90,7 +100,7 @@ class _AdaptedLinears(torch.autograd.Function):
         ys = []
         for layer in layers:
             if layer.form == "merged":
-                ys.append(_by_rows(x_TI, len(layer.B_OR), layer.bias_O, layer.merged_rows(x_TI)))
+                ys.append(linear(x_TI, layer.merged_OI(x_TI), layer.bias_O))
                 continue
             y_TO = linear(x_TI, layer.weight_OI, layer.bias_O)
             if layer.kept_PQ is None:
@@ -110,11 +120,11 @@ class _AdaptedLinears(torch.autograd.Function):
         seen_TI, z_TS, *tensors = ctx.saved_tensors
         layers = _layers(tensors, ctx.fields)
         dx = None
-        # Adding the update to the weight again is a matter of O rows, adding its share to the gradient one of T.
-        again = [layer.form == "merged" and len(layer.B_OR) <= len(seen_TI) for layer in layers]
+        # Adding the update to the weight again is a matter of O rows, adding its share to the gradient, beside its tiles, one of T.
+        again = [layer.form == "merged" and (layer.dense or len(layer.B_OR) <= len(seen_TI)) for layer in layers]
         if ctx.needs_input_grad[0]:
             for layer, g_TO, merged in zip(layers, gradients, again, strict=True):
-                dx = _plus(dx, g_TO, layer.merged_rows(g_TO) if merged else [(slice(None), layer.weight_OI)])
+                dx = _plus(dx, g_TO, layer.merged_OI(g_TO) if merged else layer.weight_OI)
         d_seen = dx
         if ctx.dropped:
             d_seen = torch.zeros_like(seen_TI) if ctx.needs_input_grad[1] else None
@@ -122,9 +132,12 @@ class _AdaptedLinears(torch.autograd.Function):
         of_plain = _plain_gradients([(layers[i], gradients[i]) for i in plain], seen_TI, z_TS, d_seen)
         pairs = dict(zip(plain, of_plain, strict=True))
         for i, layer in enumerate(layers):
-            if layer.kept_PQ is not None and layer.dense and again[i]:
+            if layer.kept_PQ is not None and layer.dense:
                 factors = layer.A_RI, layer.B_OR
-                pairs[i] = dense_gradients(gradients[i], seen_TI, *factors, layer.kept_PQ, layer.block, layer.scale)
+                room_OI = _scratch(len(layer.B_OR), seen_TI.shape[1], seen_TI)
+                pairs[i] = dense_gradients(
+                    gradients[i], seen_TI, *factors, layer.kept_PQ, layer.block, layer.scale, out_OI=room_OI
+                )
             elif layer.kept_PQ is not None:
                 A_RI, B_OR, kept_PQ, into = layer.A_RI, layer.B_OR, layer.kept_PQ, None if again[i] else d_seen
                 pairs[i] = update_gradients(
@@ -175,29 +188,13 @@ def _add_product_(y_TN: Tensor, x_TK: Tensor, weight_KN: Tensor, scale: float) -
         y_TN.add_(matmul(x_TK, weight_KN), alpha=scale)
 
 
-def _by_rows(x_TI: Tensor, O: int, bias_O: Tensor | None, weights: Iterator[tuple[slice, Tensor]]) -> Tensor:
-    """(T, O): x W^T + bias, W given in pieces of rows."""
-    y_TO = None
-    for rows, weight_NI in weights:
-        if len(weight_NI) == O:
-            return linear(x_TI, weight_NI, bias_O)
-        y_TO = x_TI.new_empty((len(x_TI), O)) if y_TO is None else y_TO
-        torch.mm(x_TI, weight_NI.T, out=y_TO[:, rows])
-    assert y_TO is not None
-    return y_TO if bias_O is None else y_TO.add_(bias_O)
-
-
-def _plus(dx_TI: Tensor | None, g_TO: Tensor, weights: Iterable[tuple[slice, Tensor]]) -> Tensor:
-    """(T, I): dx, in its place, plus g W, W given in pieces of rows."""
-    for rows, weight_NI in weights:
-        g_TN = g_TO[:, rows]
-        if dx_TI is None:
-            dx_TI = product(g_TN, weight_NI)
-        elif gemm.ONEDNN_IS_FASTER:
-            dx_TI.add_(product(g_TN, weight_NI))
-        else:
-            _add_product_(dx_TI, g_TN, weight_NI, 1.0)
-    assert dx_TI is not None
+def _plus(dx_TI: Tensor | None, g_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """(T, I): dx, in its place, plus g W."""
+    if dx_TI is None:
+        return product(g_TO, weight_OI)
+    if gemm.ONEDNN_IS_FASTER:
+        return dx_TI.add_(product(g_TO, weight_OI))
+    _add_product_(dx_TI, g_TO, weight_OI, 1.0)
     return dx_TI
 
 

@@ -58,28 +58,38 @@ def _mask_(weight_OI: Tensor, kept: Tensor, block: int) -> Tensor:
     if O % block == 0 and I % block == 0 and not weight_OI.requires_grad:  # autograd would not see it
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_OI.element_size()]
         # All bits of a kept weight, none of another's: several times faster than filling, which goes tile by tile.
-        kept_P1I = kept.to(bits).neg_().repeat_interleave(block, 1)[:, None]
+        kept_P1I = kept.to(bits).neg_()[..., None].expand(-1, -1, block).reshape(-1, 1, I)
         weight_OI.view(bits).view(-1, block, I).bitwise_and_(kept_P1I)
         return weight_OI
     return weight_OI.masked_fill_(~kept.repeat_interleave(block, 0)[:O].repeat_interleave(block, 1)[:, :I], 0.0)
 
 
-def masked_delta(A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float) -> Tensor:
+def masked_delta(A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float, *, out_OI: Tensor | None = None) -> Tensor:
     """(O, I): s * mask . BA, exactly +0 outside the mask.
 
     Args:
         kept: bool (P, Q) for whole tiles, or packed uint8 bits of an (O, I) element mask (then block is 1).
+        out_OI: where to.
     """
-    return _mask_(matmul(B_OR * scale, A_RI), kept, block)
+    delta_OI = matmul(B_OR * scale, A_RI) if out_OI is None else torch.mm(B_OR * scale, A_RI, out=out_OI)
+    return _mask_(delta_OI, kept, block)
 
 
 def dense_gradients(
-    g_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, kept: Tensor, block: int, scale: float
+    g_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    kept: Tensor,
+    block: int,
+    scale: float,
+    *,
+    out_OI: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of A and B, in their dtypes, by way of the weight's (O, I), which is made for it."""
+    """Gradients of A and B, in their dtypes, by way of the weight's, which is made for it (in `out_OI`)."""
     A, B = A_RI.to(x_TI.dtype), B_OR.to(x_TI.dtype)
-    dW_OI = _mask_(matmul(g_TO.T, x_TI), kept, block).mul_(scale)
-    return matmul(B.T, dW_OI).to(A_RI.dtype), matmul(dW_OI, A.T).to(B_OR.dtype)
+    dW_OI = _mask_(matmul(g_TO.T, x_TI) if out_OI is None else torch.mm(g_TO.T, x_TI, out=out_OI), kept, block)
+    return matmul(B.T, dW_OI).mul_(scale).to(A_RI.dtype), matmul(dW_OI, A.T).mul_(scale).to(B_OR.dtype)
 
 
 class _Dense(torch.autograd.Function):

@@ -66,25 +66,29 @@ class Scratch:
     def __init__(self) -> None:
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def unpacked(self, values_Nbb: Tensor, first_rows_N: Tensor, shape: tuple[int, int]) -> Tensor:
-        """The dense (O, I) weight, zeros where no tile is; good until the next call. Waits for nothing.
+    def matrix(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """(rows, columns) of `like`'s dtype and device, with anything in it; good until the next call.
 
         It is used up by a product before the next layer asks: both are queued on the same stream, so on a GPU too.
         """
-        b = values_Nbb.shape[-1]
-        P, Q = -(-shape[0] // b), -(-shape[1] // b)
-        key = (values_Nbb.dtype, values_Nbb.device)
-        if key not in self._held or self._held[key].numel() < P * Q * b * b:
+        key, size = (like.dtype, like.device), rows * columns
+        if key not in self._held or self._held[key].numel() < size:
             self._held.pop(key, None)  # before the larger one is there
             with torch.inference_mode(False):  # memory made in inference mode could not be written to outside of it
-                self._held[key] = torch.empty(P * Q * b * b, dtype=values_Nbb.dtype, device=values_Nbb.device)
-        matrix = self._held[key][: P * Q * b * b]
+                self._held[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return self._held[key][:size].view(rows, columns)
+
+    def unpacked(self, values_Nbb: Tensor, first_rows_N: Tensor, shape: tuple[int, int]) -> Tensor:
+        """The dense (O, I) weight, zeros where no tile is; good until the next call. Waits for nothing."""
+        b = values_Nbb.shape[-1]
+        P, Q = -(-shape[0] // b), -(-shape[1] // b)
+        matrix = self.matrix(P * b, Q * b, values_Nbb)
         if values_Nbb.is_meta:  # only its memory counts, where a run is planned
-            return matrix.view(P * b, Q * b)[: shape[0], : shape[1]]
+            return matrix[: shape[0], : shape[1]]
         matrix.zero_()
         rows = first_rows_N.long()[:, None] + torch.arange(0, b * Q, Q, device=first_rows_N.device)
         matrix.view(-1, b).index_copy_(0, rows.view(-1), values_Nbb[: len(first_rows_N)].reshape(-1, b))
-        return matrix.view(P * b, Q * b)[: shape[0], : shape[1]]
+        return matrix[: shape[0], : shape[1]]
 
     def held_bytes(self) -> int:
         return sum(held.numel() * held.element_size() for held in self._held.values())

@@ -130,7 +130,7 @@ def test_half_the_tiles_kept_with_a_masked_form_still_equals_masked_gradients(fo
     assert train_a_little(mine, 5) == pytest.approx(train_a_little(theirs, 5), rel=1e-5)
 
 
-@pytest.mark.parametrize("r, dense", [(2, False), (64, True)])
+@pytest.mark.parametrize("r, dense", [(2, False), (16, False), (32, True), (64, True)])
 def test_a_high_rank_on_a_narrow_layer_takes_the_weights_gradient(r, dense):
     base = LlamaForCausalLM(
         LlamaConfig(hidden_size=512, intermediate_size=512, num_hidden_layers=1, num_attention_heads=8, vocab_size=32)
