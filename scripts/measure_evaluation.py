@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""README's table of whole evaluations: stories260K dense, pruned, with plain and block-masked LoRA, and merged, side by side.
+"""The table of whole evaluations in docs/measurements.md: stories260K dense, pruned, with plain and block-masked LoRA, and merged, side by side.
 
     LORA_DIST_DATA=/path/to/data python scripts/measure_evaluation.py
 
