@@ -149,7 +149,7 @@ measure-stories: $(STAMP)  ## the README's table on stories260K (LORA_DIST_DATA 
 measure-wikitext: $(STAMP)  ## the README's table on wikitext2-llama (LORA_DIST_DATA names the data; about 30 minutes)
 	@$(BIN)/python scripts/measure.py wikitext $(ARGS)
 
-measure-evaluation: $(STAMP)  ## the README's table of whole evaluations of stories260K (LORA_DIST_DATA names the data; about 15 minutes)
+measure-evaluation: $(STAMP)  ## docs/measurements.md's table of whole evaluations of stories260K (LORA_DIST_DATA names the data; about 15 minutes)
 	@$(BIN)/python scripts/measure_evaluation.py $(ARGS)
 
 measure-recovery: $(STAMP)  ## the README's table of what comes back: pruning x method, both models (LORA_DIST_DATA names the data; hours; ARGS="--only stories")

@@ -102,6 +102,9 @@ class TrainArgs:
     torch_compile: bool = False
     """Compile each decoder layer (torch.compile): starting takes half a minute to minutes longer; worth trying on GPUs, slower on CPUs
     (docs/log.md)."""
+    use_liger_kernel: bool = False
+    """Norms, rotation of positions and the feed-forward's product by Liger's Triton kernels (pip install 'lora-dist[liger]'): on GPUs, for the
+    families it has. The loss stays train.cross_entropy's."""
     logging_steps: int = 10
     """Log the mean loss every so many steps."""
     logging_first_step: bool = True

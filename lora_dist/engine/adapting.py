@@ -105,6 +105,25 @@ def compile_layers(base: Any) -> None:
         layer.compile()
 
 
+def use_liger_kernel(base: Any) -> None:
+    """Liger's kernels in the place of the model's norms, rotation and feed-forward, for the whole process; not its losses.
+
+    Raises:
+        UserError: a family that it has none for, of which it says nothing itself.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from transformers.integrations.liger import apply_liger_kernel
+
+    model_type = base.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        known = ", ".join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))
+        raise UserError(
+            f"train.use_liger_kernel: found true with a model of type {model_type}, expected one of those that Liger has kernels for "
+            f"({known}): leave it out"
+        )
+    apply_liger_kernel(base, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
 _RECOMPILED = 8
 """times a layer may be compiled: torch's own limit"""
 

@@ -24,7 +24,7 @@ from lora_dist.blocks import Guard, Pattern
 from lora_dist.config import RunConfig
 from lora_dist.data.loader import StepLoader
 from lora_dist.data.rows import Rows
-from lora_dist.engine.adapting import check_adapter, compile_layers, refuse_strategy, with_adapter
+from lora_dist.engine.adapting import check_adapter, compile_layers, refuse_strategy, use_liger_kernel, with_adapter
 from lora_dist.engine.attempts import Attempt
 from lora_dist.engine.base import (
     BaseAndPattern,
@@ -226,6 +226,9 @@ def _build(config: RunConfig, world: World, console: Console, opening: Opening, 
 def _adapted(config: RunConfig, console: Console, opened: BaseAndPattern, pattern: Pattern | None, kind: str) -> Any:
     """The base with its adapter, as the user is told about it."""
     base = opened.base.model
+    if config.train.use_liger_kernel:
+        use_liger_kernel(base)
+        console.note("Liger's kernels compute norms, rotation and feed-forward")
     if kind != "classification" and config.train.cross_entropy != "logits":
         put_chunked_head(base)
     model = with_adapter(config, opened, pattern)

@@ -62,6 +62,7 @@ def plan_strategy(config: RunConfig, world: World, batch: BatchPlan) -> Strategy
     problems += quantised_teacher_problems(train.distill_load_in_4bit)
     problems += compile_problems(config, plan.name)
     problems += kernel_problems(config, world)
+    problems += liger_problems(config, world)
     offload: dict[str, str] = {}
     if plan.stage is not None:
         if importlib.util.find_spec("deepspeed") is None:
@@ -155,12 +156,25 @@ def compile_problems(config: RunConfig, strategy: str) -> list[str]:
         "model.load_in_8bit": model.load_in_8bit,
         f"the training of {config.adapter_kind}": config.adapter_kind != "lora",
         "adapter.form triton": config.adapter.form == "triton",
+        "train.use_liger_kernel": config.train.use_liger_kernel,
     }
     return [
         f"train.torch_compile: found true with {other}, whose layers torch.compile cannot take in one piece: leave one of the two out"
         for other, is_so in found.items()
         if is_so and config.train.torch_compile
     ]
+
+
+def liger_problems(config: RunConfig, world: World) -> list[str]:
+    """What stands against `train.use_liger_kernel` before the model is known."""
+    if not config.train.use_liger_kernel:
+        return []
+    missing = []
+    if world.device.type != "cuda":
+        missing.append(f"a GPU (this run computes on {world.device.type})")
+    if importlib.util.find_spec("liger_kernel") is None:
+        missing.append("the package liger-kernel (pip install 'lora-dist[liger]')")
+    return [f"train.use_liger_kernel: found true, which needs {', '.join(missing)}: leave it out"] if missing else []
 
 
 def kernel_problems(config: RunConfig, world: World) -> list[str]:

@@ -111,6 +111,10 @@ def _scaling() -> list[Case]:
     return cases
 
 
+def _with(case: dict[str, Any], option: str) -> dict[str, Any]:
+    return {**case, "options": {**case["options"], option: True}}
+
+
 def _h200() -> list[Case]:
     """One GPU of 141 GB: the shape of Llama-2-7B at context 4,096, checkpointing as far as memory asks for it."""
     options = {"train.gradient_checkpointing": True, "train.gradient_checkpointing_layers": "auto", "train.bf16": True}
@@ -120,6 +124,8 @@ def _h200() -> list[Case]:
         Case("width 4,096", 4096, 4, 32000, ways=(*_ALL, "masked-triton"), context=2048, rows=4, precision="bf16", steps=20),
         Case("7B", 4096, 32, 32000, ways=("plain", "masked", "masked-triton"), **big),
         Case("7B, NF4 blocks", 4096, 32, 32000, context=1024, precision="bf16", ways=("masked",), options=nf4),
+        Case("7B, Liger", 4096, 32, 32000, ways=("plain", "masked", "masked-triton"), **_with(big, "train.use_liger_kernel")),
+        Case("7B, compiled", 4096, 32, 32000, ways=("plain", "masked"), **_with(big, "train.torch_compile")),
     ]
 
 

@@ -104,3 +104,10 @@ def test_the_kernel_for_gpus_is_refused_before_anything_is_loaded(tiny_base, tin
         UserError, match=r"adapter.form: found triton, which needs a GPU \(this run computes on cpu\), .*rank of 64 or less"
     ):
         train(tiny_base, tiny_text, tmp_path / "out", adapter__form="triton", adapter__r=65, adapter__type="dora")
+
+
+def test_ligers_kernels_are_refused_without_a_gpu_and_beside_torch_compile(tiny_base, tiny_text, tmp_path):
+    expected = r"train.use_liger_kernel: found true, which needs a GPU \(this run computes on cpu\): leave it out"
+    with pytest.raises(UserError, match=expected) as found:
+        train(tiny_base, tiny_text, tmp_path / "out", use_liger_kernel=True, torch_compile=True)
+    assert "train.torch_compile: found true with train.use_liger_kernel" in "\n".join(found.value.problems)
