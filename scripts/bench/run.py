@@ -154,13 +154,17 @@ def main() -> int:
     )
     parser.add_argument("--table", action="store_true", help="measure nothing, show what is there")
     args = parser.parse_args()
-    bench = Bench(args.out.resolve(), args.preset, shared=args.shared or args.preset == "quick")
+    if args.repeats < 1:
+        parser.error(f"--repeats: found {args.repeats}, expected 1 or more")
+    if args.table and not (args.out / "results.json").is_file():
+        parser.error(f"--table: found no results.json in {args.out}, expected the folder of an earlier run")
     known = PRESETS[args.preset]()
     cases = [case for case in known if case.name == args.only] or [
         case for case in known if not args.only or args.only in case.name
     ]
     if not cases:
-        parser.error(f"--only: found {args.only!r}, expected part of one of: {', '.join(c.name for c in known)}")
+        parser.error(f"--only: found {args.only!r}, expected part of one of: {'; '.join(c.name for c in known)}")
+    bench = Bench(args.out.resolve(), args.preset, shared=args.shared or args.preset == "quick")
     if not args.table:
         for case in cases:
             bench.run(case, args.repeats)

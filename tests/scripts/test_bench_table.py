@@ -8,6 +8,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import bench_table
+import pytest
+import run
 
 
 def figures(tokens_per_s: float, peak_gib: float, **more: float | None) -> dict:
@@ -42,3 +44,18 @@ def test_ratios_are_taken_within_a_round():
     found = lines("cpu", "vocabulary 32,000", slow, fast)
     assert "| vocabulary 32,000 | tokens/s, plain over trainer | at least 1.7 | 1.70 (1.60-1.80) | yes |" in found
     assert any(line.startswith("| vocabulary 32,000 | trainer |") and line.endswith("|  |") for line in found)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--repeats", "0"], "--repeats: found 0, expected 1 or more"),
+        (["--table"], "--table: found no results.json in "),
+        (["--only", "nope"], "--only: found 'nope', expected part of one of: vocabulary 32,000; vocabulary 4,096; "),
+    ],
+)
+def test_bad_arguments_are_one_line_and_leave_nothing(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
